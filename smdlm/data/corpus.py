@@ -1,0 +1,71 @@
+"""The built-in corpus: the Python standard library that runs this program, as source code or as its docstrings."""
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTS = ("docstrings", "source")
+# Tests; packages of others; and files that a program wrote: character maps, the help topics of pydoc and the record
+# of how this interpreter was built, which is different on every machine.
+LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+LEFT_OUT_FOLDERS |= {"encodings", "pydoc_data"}
+LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
+
+
+def files() -> list[tuple[str, Path]]:
+    """(path relative to the standard library with '/', file), sorted by the relative path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = ((path.relative_to(root), path) for path in root.rglob("*.py"))
+    kept = [
+        (relative.as_posix(), path)
+        for relative, path in found
+        if not LEFT_OUT_FOLDERS.intersection(relative.parts[:-1])
+        and not any(part.startswith(LEFT_OUT_PREFIXES) for part in relative.parts)
+    ]
+    return sorted(kept)
+
+
+def documents(part: str) -> list[tuple[str, str]]:
+    """(relative path, text) of each file: the whole 'source', or its 'docstrings' joined by blank lines.
+
+    Files that are not UTF-8 and files without a docstring (for that part) are left out. Takes 1 to 3 seconds.
+    """
+    texts = ((name, document_text(path, part)) for name, path in files())
+    return [(name, text) for name, text in texts if text]
+
+
+def document_text(path: Path, part: str) -> str:
+    """Text of one file, '' when it is not UTF-8 or has no docstring."""
+    try:
+        source = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return ""
+    return source if part == "source" else "\n\n".join(_docstrings(source))
+
+
+def _docstrings(source: str) -> list[str]:
+    """Docstrings of module, classes and functions, in the order of the file, without their indentation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old files have escapes that newer parsers warn of
+        tree = ast.parse(source)
+    found = (ast.get_docstring(node, clean=False) for node in _owners(tree))
+    return [text for text in (inspect.cleandoc(raw) for raw in found if raw) if text]
+
+
+def _owners(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below (and with) this one that may have a docstring; only statements are visited, which is fast."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        inside = getattr(node, block, ())
+        for statement in inside if isinstance(inside, list) else ():  # the body of a lambda is no list
+            yield from _owners(statement)
+
+
+def share(key: str) -> float:
+    """A number in [0, 1) that depends on nothing but `key`: below the validation share means validation."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:7], "big") / 2**56

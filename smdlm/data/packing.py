@@ -1,0 +1,112 @@
+"""Blocks: documents joined by EOS, cut to one length, kept in memory or in ArrayRecord shards."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from smdlm.data.vocabulary import Tokenizer
+
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Packer:
+    """Turns a stream of documents into blocks; what does not fill a block waits for the next document.
+
+    'stream': a block is the next seq_len tokens. 'bos_eos': BOS, the next seq_len - 2 tokens, EOS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, framing: str):
+        self.bos_id, self.eos_id, self.framed = tokenizer.bos_id, tokenizer.eos_id, framing == "bos_eos"
+        self.payload = seq_len - 2 if self.framed else seq_len
+        self.waiting = np.zeros(0, np.int32)
+
+    def document(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens of a document as they stand in the stream: with EOS behind them."""
+        return np.append(tokens, np.int32(self.eos_id))
+
+    def add(self, tokens: np.ndarray) -> np.ndarray:
+        """int32 [n_blocks, seq_len]: the blocks that these tokens of the stream complete."""
+        stream = np.concatenate([self.waiting, tokens])
+        count = len(stream) // self.payload
+        self.waiting = stream[count * self.payload :]
+        blocks = stream[: count * self.payload].reshape(count, self.payload)
+        if self.framed:
+            blocks = np.pad(blocks, ((0, 0), (1, 1)), constant_values=((0, 0), (self.bos_id, self.eos_id)))
+        return blocks
+
+
+def block_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned type that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.model_vocab_size <= 2**16 else np.uint32)
+
+
+def too_short(split: str, tokens: int, seq_len: int) -> ValueError:
+    """The error for a split that does not fill one block."""
+    return ValueError(
+        f"data: the {split} split has {tokens} tokens, a block needs {seq_len}: give more text, a smaller seq_len or "
+        "another share of validation (val_fraction, val_documents)"
+    )
+
+
+class ArrayBlocks(Sequence):
+    """Blocks in memory, stored small; each is read as int32 [seq_len]."""
+
+    def __init__(self, blocks: np.ndarray):
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._blocks[index].astype(np.int32)
+
+
+class RecordBlocks(Sequence):
+    """Blocks in ArrayRecord shards, one record each; each is read as int32 [seq_len]."""
+
+    def __init__(self, files: list[Path], dtype: np.dtype):
+        self._records, self._dtype = grain.sources.ArrayRecordDataSource([str(file) for file in files]), dtype
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):  # a sequence ends with IndexError, which the reader below does not raise
+            raise IndexError(index)
+        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+
+
+def read_manifest(folder: Path, prepare_command: str) -> dict:
+    """The manifest of a prepared folder, its shards checked for presence and size; ValueError otherwise."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        state = "unfinished" if (folder / "progress.json").exists() else "not prepared"
+        raise ValueError(f"data: got no {file} ({state}), wanted prepared data: run {prepare_command}")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        shards = [shard for split in ("train", "val") for shard in manifest["splits"][split]]
+        problems = []
+        for shard in shards:
+            path = folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                problems.append(f"{shard['file']} ({'missing' if size is None else f'{size} bytes'})")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data: got an unreadable {file} ({error!r}): delete it and run {prepare_command}") from error
+    if problems:
+        raise ValueError(
+            f"data: got {len(problems)} damaged shards in {folder} ({', '.join(problems)}), wanted the sizes of "
+            f"{MANIFEST}: delete the folder and run {prepare_command}"
+        )
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

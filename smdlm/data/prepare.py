@@ -1,0 +1,267 @@
+"""Tokenises a corpus once into ArrayRecord shards of raw uint16/uint32 blocks.
+
+    python -m smdlm.data.prepare --source='jsonl:owt/*.jsonl.gz' --tokenizer=gpt2 --seq_len=1024 --out=DIR
+    python -m smdlm.data.prepare --verify --out=DIR
+
+A killed run is continued by the same command: finished shards stay, and the result is the same file for file.
+Validation comes first, then training, so that a limit on the output (--max-gb) never costs the validation split.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+from smdlm.data.config import FRAMINGS, READABLE, DataConfig
+from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, file_sha256, read_manifest, too_short
+from smdlm.data.sources import Source, make_source, with_splits
+from smdlm.data.tokenizer import SPECS, Tokenizer, bpe_tokenizer, make_tokenizer
+from smdlm.data.vocabulary import grouped
+
+PROGRESS = "progress.json"
+RECORD_OVERHEAD = 96  # bytes that ArrayRecord adds to a record (its chunk header), rounded up
+SHARD_OVERHEAD = 2**18  # and to a file (its index and the padding at its end), rounded up
+VAL_SHARE_OF_LIMIT = 0.1  # of --max-gb, at most
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how much to write: sizes in MiB per shard and in GB (1e9 bytes) over all shards, 0 for no limit."""
+
+    folder: Path
+    shard_mb: float = 128.0
+    max_gb: float = 0.0
+
+    def __post_init__(self):
+        if not self.shard_mb > 0:
+            raise ValueError(f"--shard-mb: got {self.shard_mb}, wanted more than 0 (MiB)")
+        if not self.max_gb >= 0:
+            raise ValueError(f"--max-gb: got {self.max_gb}, wanted 0 (no limit) or more (GB)")
+
+
+def prepare(config: DataConfig, output: Output) -> dict:
+    """Writes what is missing of the shards, then the manifest; returns the manifest.
+
+    Raises:
+      ValueError: bad source (see `smdlm.data.text.load`), or the folder holds a preparation with other settings.
+    """
+    source = make_source(config)
+    output.folder.mkdir(parents=True, exist_ok=True)
+    settings = _settings(config, output, source)
+    progress = _read_progress(output.folder, settings)
+    tokenizer = _tokenizer(config, output.folder, source)
+    if (output.folder / MANIFEST).exists():
+        (output.folder / PROGRESS).unlink(missing_ok=True)
+        print(f"{output.folder} is already prepared", flush=True)
+        return read_manifest(output.folder, config.prepare_command())
+    job = _Job(config, output, source, tokenizer, progress)
+    for split in ("val", "train"):
+        job.write_split(split)
+    shards = {split: progress["splits"][split]["shards"] for split in ("train", "val")}
+    blocks = {split: sum(shard["blocks"] for shard in shards[split]) for split in shards}
+    checksums = "".join(shard["sha256"] for split in shards for shard in shards[split])
+    manifest = {
+        "settings": settings | {"fingerprint": tokenizer.fingerprint},
+        "dtype": block_dtype(tokenizer).name,
+        "vocab_size": tokenizer.vocab_size,
+        "mask_id": tokenizer.mask_id,
+        "blocks": blocks,
+        "tokens": {split: count * config.seq_len for split, count in blocks.items()},
+        "content_hash": hashlib.sha256(checksums.encode()).hexdigest(),
+        "splits": shards,
+    }
+    _write_json(output.folder / MANIFEST, manifest)
+    (output.folder / PROGRESS).unlink()
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """ValueError that lists every shard whose checksum is not the manifest's."""
+    manifest = read_manifest(folder, "python -m smdlm.data.prepare")
+    shards = [shard for split in manifest["splits"].values() for shard in split]
+    wrong = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
+    if wrong:
+        raise ValueError(f"data: got other checksums for {', '.join(wrong)}, wanted those of {folder / MANIFEST}")
+
+
+class _Job:
+    """One preparation: the loop over documents of a split, and the place in it where the next shard begins."""
+
+    def __init__(self, config: DataConfig, output: Output, source: Source, tokenizer: Tokenizer, progress: dict):
+        self.config, self.source, self.tokenizer, self.progress = config, source, tokenizer, progress
+        self.folder, self.max_bytes = output.folder, output.max_gb * 1e9
+        self.dtype = block_dtype(tokenizer)
+        self.block_bytes = config.seq_len * self.dtype.itemsize
+        self.blocks_per_shard = max(int(output.shard_mb * 2**20) // self.block_bytes, 1)
+
+    def write_split(self, split: str) -> None:
+        """Writes the shards of a split that `progress` does not list; each starts where the one before it ended."""
+        state = self.progress["splits"][split]
+        if state["done"]:
+            return
+        packer = Packer(self.tokenizer, self.config.seq_len, self.config.framing)
+        shard, wanted, began, written = None, self._room(split), time.time(), 0
+        if wanted < 1 and not state["shards"]:
+            raise ValueError(f"--max-gb: got {self.max_bytes / 1e9:g}, too little for one block of the {split} split")
+        # Where the stream goes on: document (its number in the source) and offset (in its tokens with their EOS).
+        for index, tokens in self._stream(split, state["document"], packer):
+            skipped = state["offset"] if index == state["document"] else 0
+            done = skipped - len(packer.waiting)  # offset in this document of the first token of the next block
+            for block in packer.add(tokens[skipped:]):
+                if wanted < 1:
+                    break
+                shard = shard or _Shard(self.folder, f"{split}-{len(state['shards']):05d}.array_record")
+                shard.write(block.astype(self.dtype).tobytes())
+                done += packer.payload
+                wanted -= 1
+                if shard.blocks == self.blocks_per_shard or wanted < 1:
+                    state |= {"document": index, "offset": done, "shards": [*state["shards"], shard.close()]}
+                    _write_json(self.folder / PROGRESS, self.progress)
+                    written += shard.blocks
+                    rate = written * self.config.seq_len / max(time.time() - began, 1e-9)
+                    print(f"{shard.name}: {shard.blocks:,} blocks, {rate:,.0f} tokens/s", flush=True)
+                    shard, wanted = None, self._room(split)
+            if wanted < 1:
+                break
+        if shard:
+            state["shards"] = [*state["shards"], shard.close()]
+            print(f"{shard.name}: {shard.blocks:,} blocks", flush=True)
+        if not state["shards"]:
+            raise too_short(split, len(packer.waiting), self.config.seq_len)
+        state["done"] = True
+        _write_json(self.folder / PROGRESS, self.progress)
+
+    def _room(self, split: str) -> float:
+        """Blocks that the next shard may hold under --max-gb."""
+        if not self.max_bytes:
+            return float("inf")
+        shards = self.progress["splits"]
+        used = sum(shard["bytes"] for state in shards.values() for shard in state["shards"])
+        limit = self.max_bytes * (VAL_SHARE_OF_LIMIT if split == "val" else 1)
+        return (limit - used - SHARD_OVERHEAD) // (self.block_bytes + RECORD_OVERHEAD)
+
+    def _stream(self, split: str, first: int, packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
+        """(number in the source, tokens with EOS) of the documents of a split from number `first` on."""
+        for group in grouped(self._texts(split, first), lambda item: len(item[1]), 2**20):
+            encoded = self.tokenizer.encode_batch([text for _, text in group])
+            for (index, _), tokens in zip(group, encoded, strict=True):
+                yield index, packer.document(tokens)
+
+    def _texts(self, split: str, first: int) -> Iterator[tuple[int, str]]:
+        for index, (owner, document) in enumerate(with_splits(self.config, self.source)):
+            if owner == split and index >= first:
+                text = self.source.text(document)
+                if text.strip():
+                    yield index, text
+
+
+class _Shard:
+    """A shard under a temporary name until it is complete."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name, self.blocks = name, 0
+        self._file, self._temporary = folder / name, folder / f"{name}.tmp"
+        # A group is one record, so that reading a block costs one block; ids hardly compress, and without
+        # compression the size of the output is known beforehand.
+        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+
+    def write(self, block: bytes) -> None:
+        self._writer.write(block)
+        self.blocks += 1
+
+    def close(self) -> dict:
+        """Completes the file and returns its line of the manifest."""
+        self._writer.close()
+        os.replace(self._temporary, self._file)
+        size = self._file.stat().st_size
+        return {"file": self.name, "blocks": self.blocks, "bytes": size, "sha256": file_sha256(self._file)}
+
+
+def _settings(config: DataConfig, output: Output, source: Source) -> dict:
+    """Everything that decides what is written: a run goes on only where all of it is the same."""
+    settings = dataclasses.asdict(config)
+    for key in ("batch_size", "seed"):  # these belong to reading
+        del settings[key]
+    return settings | {"documents": source.identity(), "shard_mb": output.shard_mb, "max_gb": output.max_gb}
+
+
+def _tokenizer(config: DataConfig, folder: Path, source: Source) -> Tokenizer:
+    if not config.tokenizer.startswith("bpe:"):
+        return make_tokenizer(config.tokenizer)
+    train = (source.text(document) for split, document in with_splits(config, source) if split == "train")
+    return bpe_tokenizer(int(config.tokenizer[4:]), train, folder / TOKENIZER_FILE)
+
+
+def _read_progress(folder: Path, settings: dict) -> dict:
+    """The progress of a run with the same settings, or that of a new one."""
+    for name in (MANIFEST, PROGRESS):
+        if (folder / name).exists():
+            progress = json.loads((folder / name).read_text("utf-8"))
+            there = progress["settings"]
+            differing = [key for key in settings if there.get(key) != settings[key]]
+            other = [f"{key} {settings[key]!r} (there: {there.get(key)!r})" for key in differing]
+            if other:
+                raise ValueError(
+                    f"--out: got {folder} that holds another preparation: {', '.join(other)}; wanted the same "
+                    "settings to go on with, or another --out"
+                )
+            return progress
+    start = {"document": 0, "offset": 0, "shards": [], "done": False}
+    progress = {"settings": settings, "splits": {"val": dict(start), "train": dict(start)}}
+    _write_json(folder / PROGRESS, progress)
+    return progress
+
+
+def _write_json(file: Path, value: dict) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    os.replace(temporary, file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m smdlm.data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--verify", action="store_true", help="only check the checksums of what --out holds")
+    parser.add_argument("--source", help=READABLE)
+    parser.add_argument("--tokenizer", default="gpt2", help=SPECS)
+    parser.add_argument("--seq-len", "--seq_len", type=int, default=1024, help="tokens in a block")
+    parser.add_argument("--framing", choices=FRAMINGS, default="stream", help="bos_eos as in the MDLM reference")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument("--val-fraction", "--val_fraction", type=float, default=DataConfig.val_fraction)
+    held_out.add_argument("--val-documents", "--val_documents", type=int, default=0, help="the last N documents")
+    parser.add_argument("--field", default=DataConfig.field, help="name of the text in a jsonl or tfds example")
+    parser.add_argument("--train-split", "--train_split", default=DataConfig.train_split, help="of tfds")
+    parser.add_argument("--val-split", "--val_split", default=DataConfig.val_split, help="of tfds, '' to split train")
+    parser.add_argument("--shard-mb", "--shard_mb", type=float, default=Output.shard_mb, help="MiB per shard")
+    parser.add_argument("--max-gb", "--max_gb", type=float, default=Output.max_gb, help="GB of output, 0: no limit")
+    values = vars(parser.parse_args(argv))
+    try:
+        out = values.pop("out").expanduser()
+        output = Output(out, values.pop("shard_mb"), values.pop("max_gb"))
+        if values.pop("verify"):
+            verify(out)
+            print(f"{out}: all checksums match")
+            return 0
+        if not values["source"] or values["source"].startswith("prepared:"):
+            raise ValueError(f"--source: got {values['source']!r}, wanted {READABLE}")
+        manifest = prepare(DataConfig(**values, batch_size=1), output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    tokens = ", ".join(f"{split} {count:,} tokens" for split, count in manifest["tokens"].items())
+    print(f"{out}: {tokens}; use it with data.source='prepared:{out}'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

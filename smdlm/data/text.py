@@ -1,0 +1,189 @@
+"""From a DataConfig to blocks of token ids, and from blocks to batches that resume and shard exactly."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from smdlm.data.config import DataConfig
+from smdlm.data.packing import (
+    TOKENIZER_FILE,
+    ArrayBlocks,
+    Packer,
+    RecordBlocks,
+    block_dtype,
+    read_manifest,
+    too_short,
+)
+from smdlm.data.sources import make_source, with_splits
+from smdlm.data.tokenizer import Tokenizer, bpe_tokenizer, make_tokenizer
+from smdlm.data.vocabulary import grouped
+
+__all__ = ["Blocks", "DataConfig", "TextData", "batches", "load"]
+
+Blocks = ArrayBlocks | RecordBlocks
+IN_MEMORY_CHARS = 2**31
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A data set ready to train on.
+
+    Attributes:
+      train, val: sequences of int32 [seq_len].
+      tokenizer: what made the ids.
+      content_hash: SHA-256 (hex) of the documents and their split (of the shards, for prepared data).
+    """
+
+    train: Blocks
+    val: Blocks
+    tokenizer: Tokenizer
+    content_hash: str
+
+
+def load(config: DataConfig, cache_dir: str | os.PathLike | None = None) -> TextData:
+    """Reads, splits by document, tokenises and packs; prepared data is only opened.
+
+    Args:
+      config: the data set.
+      cache_dir: where a BPE trained here is kept, None to train it each time.
+
+    Raises:
+      ValueError: no file, unreadable or empty text, too little text for a block, data not prepared or damaged.
+    """
+    if config.kind == "prepared":
+        return _load_prepared(config)
+    texts, digest = _read_texts(config)
+    for split in texts:
+        if not texts[split]:
+            raise too_short(split, 0, config.seq_len)
+    tokenizer = make_tokenizer(config.tokenizer, texts["train"], cache_dir)
+    packed = {split: _pack(config, tokenizer, split, texts[split]) for split in texts}
+    return TextData(packed["train"], packed["val"], tokenizer, digest)
+
+
+def _read_texts(config: DataConfig) -> tuple[dict[str, list[str]], str]:
+    source = make_source(config)
+    texts, digest, room = {"train": [], "val": []}, hashlib.sha256(), IN_MEMORY_CHARS
+    for split, document in with_splits(config, source):
+        text = source.text(document)
+        if not text.strip():
+            continue
+        texts[split].append(text)
+        digest.update(f"{split}\0{document.key}\0{len(text)}\0{text}".encode())
+        room -= len(text)
+        if room < 0:
+            raise ValueError(
+                f"data: got more than {IN_MEMORY_CHARS / 2**30:.0f} Gi characters from {config.source!r}, wanted less "
+                f"to hold in memory: run {config.prepare_command()} and set data.source to 'prepared:DIR'"
+            )
+    if not any(texts.values()):
+        raise ValueError(f"data.source: got no text from {config.source!r}, wanted at least one document")
+    return texts, digest.hexdigest()
+
+
+def _pack(config: DataConfig, tokenizer: Tokenizer, split: str, texts: list[str]) -> ArrayBlocks:
+    packer, dtype = Packer(tokenizer, config.seq_len, config.framing), block_dtype(tokenizer)
+    blocks = [
+        packer.add(packer.document(tokens)).astype(dtype)
+        for group in grouped(texts, len, 2**22)
+        for tokens in tokenizer.encode_batch(group)
+    ]
+    packed = np.concatenate(blocks)
+    if not len(packed):
+        raise too_short(split, len(packer.waiting), config.seq_len)
+    return ArrayBlocks(packed)
+
+
+def _load_prepared(config: DataConfig) -> TextData:
+    folder = Path(config.target).expanduser()
+    manifest = read_manifest(folder, config.prepare_command())
+    made = manifest["settings"]
+    if config.tokenizer.startswith("bpe:") and made["tokenizer"] == config.tokenizer:
+        tokenizer = bpe_tokenizer(int(config.tokenizer[4:]), (), folder / TOKENIZER_FILE)
+    elif config.tokenizer.startswith("bpe:"):
+        raise ValueError(f"data.tokenizer: got {config.tokenizer!r}, wanted {made['tokenizer']!r} as in {folder}")
+    else:
+        tokenizer = make_tokenizer(config.tokenizer)
+    got = {"seq_len": config.seq_len, "framing": config.framing, "fingerprint": tokenizer.fingerprint}
+    wrong = [f"{key} {value!r} (there: {made[key]!r})" for key, value in got.items() if made[key] != value]
+    if wrong:
+        raise ValueError(
+            f"data: got {', '.join(wrong)}, wanted what {folder} was prepared with (tokenizer {made['tokenizer']!r}): "
+            f"change the config or run {config.prepare_command()} with another --out"
+        )
+    files = {split: [folder / shard["file"] for shard in shards] for split, shards in manifest["splits"].items()}
+    blocks = {split: RecordBlocks(files[split], np.dtype(manifest["dtype"])) for split in files}
+    return TextData(blocks["train"], blocks["val"], tokenizer, manifest["content_hash"])
+
+
+class _LocalBatches:
+    """This process's rows of every global batch from `start` on, as a random-access source."""
+
+    def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, process_index: int, process_count: int):
+        self._rows, self._batch_size, self._start = rows, batch_size, start
+        self._local = batch_size // process_count
+        self._offset = process_index * self._local
+        self._seq_len = len(rows[0])
+
+    def __len__(self) -> int:
+        return max(-(-len(self._rows) // self._batch_size) - self._start, 0)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = (self._start + index) * self._batch_size + self._offset
+        # Rows past the end exist only in the last batch of a single pass.
+        valid = np.arange(first, first + self._local) < len(self._rows)
+        tokens = np.zeros((self._local, self._seq_len), np.int32)
+        for row in np.flatnonzero(valid):
+            tokens[row] = self._rows[first + int(row)]
+        return {"tokens": tokens, "valid": valid}
+
+
+def batches(
+    blocks: Blocks,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """A grain iterator over {'tokens': int32 [B_local, L], 'valid': bool [B_local]}.
+
+    Global batch n is rows n*B .. (n+1)*B of the blocks, shuffled anew each epoch, and depends on (seed, n) alone;
+    process p of P gets its p-th contiguous part. With `repeat` every row is valid and batches run over the end of an
+    epoch; without, the last batch is padded with id 0 and its real rows are marked in 'valid'.
+
+    Args:
+      blocks: sequence of int32 [L].
+      batch_size: B, rows over all processes.
+      seed: of the shuffle, 0 <= seed < 2**32.
+      start: number of the first batch to yield, reached without reading those before it.
+      shuffle, repeat: both for training, neither for evaluation.
+      process_index, process_count: which part of every batch is wanted.
+
+    Raises:
+      ValueError: no blocks, a batch that does not divide among the processes, a number out of range.
+    """
+    if not len(blocks):
+        raise ValueError("batches: got no blocks, wanted at least one")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batches: got batch_size {batch_size}, wanted a multiple of the {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"batches: got process {process_index} of {process_count}, wanted 0 <= process < count")
+    if start < 0:
+        raise ValueError(f"batches: got start {start}, wanted the number of a batch, 0 or more")
+    rows = grain.MapDataset.source(blocks).seed(seed)
+    if shuffle:
+        rows = rows.shuffle()
+    if repeat:
+        rows = rows.repeat()
+    local = _LocalBatches(rows, batch_size, start, process_index, process_count)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(local).to_iter_dataset(options))

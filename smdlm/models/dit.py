@@ -1,0 +1,226 @@
+"""The DiT of MDLM: a transformer with adaptive layer norm, rotary attention and an untied head.
+
+Facts: the public MDLM code (`models/dit.py`); the causal variant is its AR baseline (no adaLN, no gates). The model
+maps embeddings to hidden states and knows nothing of masks, noise or sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smdlm.models.layers import Head, KVCache, LayerNorm, Linear, attention, logical, rotary, uniform_fan_in
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and switches. The paper's "small": width 768, depth 12, heads 12, cond 128.
+
+    Attributes:
+      vocab_size: V with the mask id (its last id).
+      vocab_multiple: the tables are padded to a multiple of this, so that they can be sharded; pad ids never predicted.
+      cond: width of the conditioning vector. sigma is fixed at 0 in MDLM (no time conditioning), which leaves it a
+        learned constant.
+      dropout: on the two residual branches.
+      causal: the AR baseline.
+      dtype: of the computation; parameters are f32.
+      remat: 'none', or 'block' to recompute each block in the backward pass.
+    """
+
+    vocab_size: int
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    cond: int = 128
+    dropout: float = 0.1
+    causal: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+    vocab_multiple: int = 128
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "depth", "heads", "cond", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"model.heads: got {self.heads} for width {self.width}, wanted heads that divide it into even widths"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: got {self.dropout}, wanted 0 <= dropout < 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype: got {self.dtype!r}, wanted 'float32' or 'bfloat16'")
+        if self.remat not in ("none", "block"):
+            raise ValueError(f"model.remat: got {self.remat!r}, wanted 'none' or 'block'")
+
+    @property
+    def padded_vocab(self) -> int:
+        return self.vocab_size + -self.vocab_size % self.vocab_multiple
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: (x, inputs that are the same for all layers, its cache slice)."""
+
+    config: DiTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, cond, positions, mask, cache):
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        width, head_width = cfg.width, cfg.width // cfg.heads
+        if cfg.causal:
+            modulate = gate = lambda h, *_: h
+            shifts = [None] * 6
+        else:
+            # Chunks in the reference's order: shift, scale, gate of attention, then of the MLP. Zero at the start.
+            adaln = Linear((6, width), ("cond", None, "embed"), dtype, zero=True, name="adaln")(cond)
+            shifts = [adaln[:, None, i] for i in range(6)]
+            modulate = lambda h, shift, scale: h * (1 + scale) + shift
+            gate = lambda h, g: g * h
+        drop = nn.Dropout(cfg.dropout, deterministic=self.deterministic)
+
+        h = modulate(LayerNorm(dtype, name="norm1")(x), shifts[0], shifts[1])
+        names = ("embed", None, "heads", "head")
+        qkv = Linear((3, cfg.heads, head_width), names, dtype, bias=False, name="qkv")(h)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        query, key = rotary(query, positions), rotary(key, positions)
+        if cache is not None:
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
+            cache = KVCache(write(cache.keys, key), write(cache.values, value))
+            key, value = cache.keys, cache.values
+        h = attention(query, key, value, mask)
+        names = ("heads", "head", "embed")
+        h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
+        x = x + gate(drop(h), shifts[2])
+
+        h = modulate(LayerNorm(dtype, name="norm2")(x), shifts[3], shifts[4])
+        h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
+        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(jax.nn.gelu(h, approximate=True))
+        return x + gate(drop(h), shifts[5]), cache
+
+
+class DiT(nn.Module):
+    """Embeddings -> hidden states ready for the head. Parameters: embed, sigma_map, blocks (stacked), final, head."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        sigma: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> Any:
+        """[B, L, D] -> [B, L, D]; with a cache, (hidden, cache) where x are positions start .. start + L - 1.
+
+        Args:
+          x: token embeddings, any float type.
+          sigma: [B] f32 total noise, or None for 0 everywhere (MDLM), which is computed once for the batch.
+          deterministic: False needs an rng named 'dropout'.
+          cache: causal models only.
+          start: position of x[:, 0].
+        """
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        # Declared here so that one tree holds the whole model; used through `table` and `head` below.
+        self.param("embed", logical(uniform_fan_in(cfg.width), "vocab", "embed"), (cfg.padded_vocab, cfg.width))
+        length = x.shape[1]
+        positions = start + jnp.arange(length)
+        cond = None
+        if not cfg.causal:
+            cond = jax.nn.silu(SigmaMap(cfg.cond, dtype, name="sigma_map")(jnp.zeros(1) if sigma is None else sigma))
+        mask = None
+        if cfg.causal:
+            keys = length if cache is None else cache.keys.shape[2]
+            mask = jnp.arange(keys) <= positions[:, None]
+
+        block = Block
+        if cfg.remat == "block":
+            block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=cfg.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = scan(cfg, deterministic or cfg.dropout == 0, name="blocks")
+        x, cache_out = blocks(x.astype(dtype), cond, positions, mask, cache)
+        x = Final(cfg, name="final")(x, cond)
+        HeadParams(cfg, name="head")()
+        return x if cache is None else (x, cache_out)
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Parameters, boxed with their logical axes (flax `nn.meta`); shapes do not depend on B or L."""
+        return self.init(key, jnp.zeros((1, 2, self.config.width)))["params"]
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        cfg = self.config
+        return KVCache.zeros(cfg.depth, batch, length, cfg.heads, cfg.width // cfg.heads, jnp.dtype(cfg.dtype))
+
+    @staticmethod
+    def table(params: Any) -> jax.Array:
+        """The embedding table [V padded, D]; not tied to the head."""
+        return params["embed"]
+
+    def head(self, params: Any) -> Head:
+        return Head(params["head"]["kernel"], params["head"]["bias"])
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.config.dtype)
+
+
+class SigmaMap(nn.Module):
+    """[B] -> [B, cond]: sinusoids (cos first, 256 wide, period 10000), then a two-layer MLP."""
+
+    cond: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, sigma: jax.Array) -> jax.Array:
+        frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128).astype(np.float32)
+        angles = sigma.astype(jnp.float32)[:, None] * frequencies
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = jax.nn.silu(Linear((self.cond,), (None, "cond"), self.dtype, name="in")(x))
+        return Linear((self.cond,), (None, "cond"), self.dtype, name="out")(x)
+
+
+class Final(nn.Module):
+    """Final norm and modulation; the head's matrix is applied by the readout."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        x = LayerNorm(dtype, name="norm")(x)
+        if cond is None:
+            return x
+        adaln = Linear((2, self.config.width), ("cond", None, "embed"), dtype, zero=True, name="adaln")(cond)
+        return x * (1 + adaln[:, None, 1]) + adaln[:, None, 0]
+
+
+class HeadParams(nn.Module):
+    """Declares the head's parameters: kernel [D, V] and bias [V], zero at the start as in the reference."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        cfg = self.config
+        zeros = nn.initializers.zeros
+        self.param("kernel", logical(zeros, "embed", "vocab"), (cfg.width, cfg.padded_vocab))
+        self.param("bias", logical(zeros, "vocab"), (cfg.padded_vocab,))

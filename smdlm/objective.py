@@ -1,0 +1,139 @@
+"""The training loss on one screen: Algorithm 1 of the paper, and next-token prediction for the AR baseline.
+
+An objective has two parts. `corrupt` draws all noise for the *global* batch, so that neither the mesh nor the number of
+micro-batches changes it, and normalises the token weights over that batch. `__call__` is the loss of any subset of the
+examples; losses (and gradients) of the subsets add up to those of the whole batch.
+
+Shapes: B examples, L positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from smdlm.denoiser import Denoiser
+from smdlm.diffusion import LogLinear, TimeSampler, mask_tokens
+from smdlm.readout import Readout
+
+Batch = Mapping[str, jax.Array]
+
+
+class Example(flax.struct.PyTreeNode):
+    """What the loss needs: canvas [B, L] i32, targets [B, L] i32, weights [B, L] f32 (sum over the batch folded in)."""
+
+    canvas: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+class Objective(Protocol):
+    """p_sm: chance that a step uses feedback. See the module's docstring for the two methods."""
+
+    denoiser: Denoiser
+    p_sm: float
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Example: ...
+
+    def __call__(
+        self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+def _token_weights(batch: Batch) -> jax.Array:
+    """1 / (valid tokens of the global batch) on valid tokens: [B, L] f32. batch['valid'] is [B] or [B, L] bool."""
+    valid = batch["valid"]
+    if valid.ndim == 1:
+        valid = valid[:, None]
+    valid = jnp.broadcast_to(valid, batch["tokens"].shape).astype(jnp.float32)
+    return valid / jnp.maximum(valid.sum(), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftMaskedDiffusion:
+    """Two-pass masked diffusion loss; p_sm 0 is plain MDLM.
+
+    Attributes:
+      p_sm: chance of a soft-masked step (paper: 0.8 for language, 0.5 for code). One coin per optimizer step.
+    """
+
+    denoiser: Denoiser
+    readout: Readout
+    p_sm: float
+    schedule: LogLinear = LogLinear()
+    times: TimeSampler = TimeSampler()
+
+    def __post_init__(self):
+        if not 0 <= self.p_sm <= 1:
+            raise ValueError(f"objective p_sm: got {self.p_sm}, wanted 0 <= p_sm <= 1")
+        if self.p_sm > 0 and self.denoiser.softmask is None:
+            raise ValueError("objective p_sm: got > 0 for a model without soft-masking, wanted 0")
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Example:
+        key_t, key_mask = jax.random.split(key)
+        tokens = batch["tokens"]
+        # 1. t ~ U(t_min, t_max); x_t masks each token with probability 1 - alpha(t).
+        t = self.times(key_t, len(tokens))
+        canvas, masked = mask_tokens(
+            key_mask, tokens, 1 - self.schedule.alpha(t), self.denoiser.mask_id, batch.get("frozen")
+        )
+        # Masked tokens weigh 1/t; the sum is divided by all valid tokens, masked or not, as in the reference.
+        weights = _token_weights(batch) * self.schedule.weight(t)[:, None] * masked
+        return Example(canvas, tokens, weights)
+
+    def __call__(
+        self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(sum of weights * nll in nats/token, nll [B, L]).
+
+        use_feedback: [] bool, the coin. key: dropout, None for evaluation.
+        """
+        chex.assert_equal_shape([example.canvas, example.targets, example.weights])
+        key_one, key_two = (None, None) if key is None else jax.random.split(key)
+        # 2. Pass one, without gradient, only when the coin says so.
+        feedback = None
+        if self.p_sm > 0:
+            frozen = jax.lax.stop_gradient(params)
+
+            def pass_one():
+                hidden = self.denoiser(frozen, example.canvas, dropout_key=key_one)
+                masked = example.canvas == self.denoiser.mask_id
+                feedback = self.readout.feedback(self.denoiser.head(frozen), hidden, masked)
+                return self.denoiser.softmask.attach(feedback, hidden)
+
+            def skip():
+                # All zeros: nothing is active.
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pass_one))
+
+            feedback = pass_one() if self.p_sm == 1 else jax.lax.cond(use_feedback, pass_one, skip)
+        # 3. Pass two, with gradient, on the soft-masked input; the loss of the masked tokens.
+        hidden = self.denoiser(params, example.canvas, feedback, dropout_key=key_two)
+        return self.readout.nll(self.denoiser.head(params), hidden, example.targets, example.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The AR baseline: position i predicts token i + 1; the first token of a block is given."""
+
+    denoiser: Denoiser
+    readout: Readout
+    p_sm: float = 0.0
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Example:
+        tokens = batch["tokens"]
+        shifted = {"tokens": tokens[:, 1:], "valid": batch["valid"]}
+        if batch["valid"].ndim == 2:
+            shifted["valid"] = batch["valid"][:, 1:]
+        return Example(tokens[:, :-1], tokens[:, 1:], _token_weights(shifted))
+
+    def __call__(
+        self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden = self.denoiser(params, example.canvas, dropout_key=key)
+        return self.readout.nll(self.denoiser.head(params), hidden, example.targets, example.weights)

@@ -1,0 +1,213 @@
+"""All that is ever computed from logits, in chunks of tokens, so that [B, L, V] never exists.
+
+Only the positions that are asked for reach the head: their row numbers are gathered to the front and a loop runs over
+ceil(count / chunk) chunks. The trip count is a run-time value, so the work follows the number of masked tokens exactly:
+no capacity to choose, no token ever dropped, one compiled program for every count.
+
+Shapes: B examples, L positions, N = B * L, C rows of a chunk, D width, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from smdlm.models.layers import Head
+from smdlm.sampling.filters import Filters, inverse_cdf
+from smdlm.softmask import Feedback, top_k
+
+EXCLUDED = -1e30  # logit of ids that are never predicted; finite, so that 0 * logit stays 0 in the entropy
+
+
+class Draw(flax.struct.PyTreeNode):
+    """A candidate for every masked position.
+
+    Attributes:
+      ids: [B, L] i32 sampled tokens (0 where nothing was asked for).
+      log_prob: [B, L] f32 their log-probability under the filtered, renormalised distribution.
+      feedback: statistics of the unfiltered distribution at temperature 1: the next step's feedback, and with at least
+        two candidates the confidence measures (most probable, margin, entropy).
+    """
+
+    ids: jax.Array
+    log_prob: jax.Array
+    feedback: Feedback
+
+
+def exclude(head: Head, vocab_size: int, *ids: int) -> Head:
+    """The head with padding columns and the given ids (the mask: SUBS) made impossible through the bias alone."""
+    columns = jnp.arange(head.bias.shape[0])
+    impossible = columns >= vocab_size
+    for i in ids:
+        impossible |= columns == i
+    return head.replace(bias=jnp.where(impossible, EXCLUDED, head.bias.astype(jnp.float32)))
+
+
+def _for_rows(selected: jax.Array, chunk: int, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
+    """Folds body(rows [C] i32, carry) over the selected rows of [N], C at a time.
+
+    Rows beyond the last selected one are N: out of range, so gathers must clip and scatters drop them.
+    """
+    count = jnp.sum(selected, dtype=jnp.int32)
+    size = selected.shape[0] + -selected.shape[0] % chunk
+    order = jnp.nonzero(selected, size=size, fill_value=selected.shape[0])[0].astype(jnp.int32)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        return body(jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk), carry)
+
+    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, init)
+
+
+def _put(target: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    return target.at[rows].set(values.astype(target.dtype), mode="drop", unique_indices=False)
+
+
+def _statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits [C, V] -> (ids [C, K], probs [C, K], neg_entropy [C]) in one exponential per logit."""
+    values, ids = top_k(logits, k)
+    shifted = logits - values[:, :1]
+    exp = jnp.exp(shifted)
+    total = exp.sum(-1)
+    entropy = jnp.sum(exp * shifted, -1) / total - jnp.log(total)
+    return ids, jnp.exp(values - values[:, :1]) / total[:, None], entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """Sizes of the sweep.
+
+    Attributes:
+      k: candidates kept in a Feedback.
+      chunk: tokens per step of the loop; a chunk's logits (chunk * V * 4 bytes) are the only ones in memory.
+    """
+
+    k: int = 3
+    chunk: int = 512
+
+    def __post_init__(self):
+        if self.k < 1 or self.chunk < 1:
+            raise ValueError(f"readout: got k {self.k}, chunk {self.chunk}, wanted both at least 1")
+
+    def feedback(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
+        """Top-k and entropy of the prediction at masked positions: hidden [B, L, D], masked [B, L] -> Feedback."""
+        chex.assert_rank([hidden, masked], [3, 2])
+        rows_total, chunk = masked.size, min(self.chunk, masked.size)
+        flat = hidden.reshape(rows_total, -1)
+
+        def body(rows, carry):
+            logits = head.logits(flat.at[rows].get(mode="clip"))
+            return jax.tree.map(lambda t, v: _put(t, rows, v), carry, _statistics(logits, self.k))
+
+        out = _for_rows(masked.reshape(-1), chunk, body, self._empty(rows_total))
+        return self._feedback(out, masked)
+
+    def draw(self, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array, filters: Filters) -> Draw:
+        """Samples every masked position: hidden [B, L, D], masked [B, L], u [B, L] uniforms in [0, 1) -> Draw."""
+        chex.assert_rank([hidden, masked, u], [3, 2, 2])
+        rows_total, chunk = masked.size, min(self.chunk, masked.size)
+        flat, flat_u = hidden.reshape(rows_total, -1), u.reshape(-1)
+
+        def body(rows, carry):
+            logits = head.logits(flat.at[rows].get(mode="clip"))
+            statistics = _statistics(logits, self.k)
+            if filters.temperature == 0:
+                ids, log_prob = statistics[0][:, 0], jnp.zeros(rows.shape)
+            else:
+                probs = filters.probs(logits)
+                ids, total = inverse_cdf(probs, flat_u.at[rows].get(mode="clip"))
+                log_prob = jnp.log(jnp.take_along_axis(probs, ids[:, None], 1)[:, 0] / total)
+            return jax.tree.map(lambda t, v: _put(t, rows, v), carry, (ids, log_prob, statistics))
+
+        init = (jnp.zeros(rows_total, jnp.int32), jnp.zeros(rows_total), self._empty(rows_total))
+        ids, log_prob, statistics = _for_rows(masked.reshape(-1), chunk, body, init)
+        return Draw(ids.reshape(masked.shape), log_prob.reshape(masked.shape), self._feedback(statistics, masked))
+
+    def nll(self, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weighted negative log-likelihood in nats: (sum of weights * nll, nll [B, L], 0 where the weight is 0).
+
+        hidden [B, L, D], targets [B, L] i32, weights [B, L] f32. Differentiable in hidden and head through the sum;
+        the per-token values are for reading only. The gradients are formed in the forward sweep, while a chunk's
+        logits are at hand: nothing of size V per token is stored, and nothing is computed twice.
+        """
+        chex.assert_rank([hidden, targets, weights], [3, 2, 2])
+        flat = hidden.reshape(targets.size, -1)
+        chunk = min(self.chunk, targets.size)
+        total, nll = _nll(chunk, head, flat, targets.reshape(-1), weights.reshape(-1).astype(jnp.float32))
+        return total, jax.lax.stop_gradient(nll).reshape(targets.shape)
+
+    def log_probs(self, head: Head, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] f32, dense. For tests and inspection; nothing else may call it."""
+        return jax.nn.log_softmax(head.logits(hidden))
+
+    def _empty(self, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.zeros((rows, self.k), jnp.int32), jnp.zeros((rows, self.k)), jnp.zeros(rows)
+
+    def _feedback(self, statistics: tuple[jax.Array, jax.Array, jax.Array], masked: jax.Array) -> Feedback:
+        ids, probs, entropy = statistics
+        grid = (*masked.shape, self.k)
+        return Feedback(ids.reshape(grid), probs.reshape(grid), entropy.reshape(masked.shape), masked)
+
+
+def _chunk_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits [C, V], targets [C] -> (nll [C], log of the partition function [C])."""
+    top = logits.max(-1)
+    partition = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
+    return partition - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0], partition
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(chunk: int, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+    def body(rows, carry):
+        total, out = carry
+        logits = head.logits(hidden.at[rows].get(mode="clip"))
+        nll, _ = _chunk_nll(logits, targets.at[rows].get(mode="clip"))
+        weight = weights.at[rows].get(mode="fill", fill_value=0)
+        return total + jnp.sum(weight * nll), _put(out, rows, nll)
+
+    return _for_rows(weights != 0, chunk, body, (jnp.zeros(()), jnp.zeros(weights.shape)))
+
+
+def _nll_forward(chunk: int, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+    kernel = head.kernel.astype(hidden.dtype)
+
+    def body(rows, carry):
+        total, out, d_hidden, d_kernel, d_bias = carry
+        h = hidden.at[rows].get(mode="clip")
+        target = targets.at[rows].get(mode="clip")
+        weight = weights.at[rows].get(mode="fill", fill_value=0)  # padding rows of the last chunk count for nothing
+        logits = jnp.dot(h, kernel, preferred_element_type=jnp.float32) + head.bias
+        nll, partition = _chunk_nll(logits, target)
+        one_hot = jnp.arange(logits.shape[1]) == target[:, None]
+        d_logits = weight[:, None] * (jnp.exp(logits - partition[:, None]) - one_hot)
+        d_bias += d_logits.sum(0)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_kernel += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = _put(d_hidden, rows, jnp.dot(d_logits, kernel.T, preferred_element_type=jnp.float32))
+        return total + jnp.sum(weight * nll), _put(out, rows, nll), d_hidden, d_kernel, d_bias
+
+    init = (
+        jnp.zeros(()),
+        jnp.zeros(weights.shape),
+        jnp.zeros_like(hidden),
+        jnp.zeros(kernel.shape),
+        jnp.zeros(head.bias.shape),
+    )
+    total, nll, d_hidden, d_kernel, d_bias = _for_rows(weights != 0, chunk, body, init)
+    return (total, nll), (d_hidden, Head(d_kernel.astype(head.kernel.dtype), d_bias))
+
+
+def _nll_backward(chunk: int, residuals, cotangents):
+    d_hidden, d_head = residuals
+    scale = cotangents[0]
+    d_head = jax.tree.map(lambda x: (scale * x).astype(x.dtype), d_head)
+    return d_head, (scale * d_hidden).astype(d_hidden.dtype), None, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)

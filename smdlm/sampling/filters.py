@@ -1,0 +1,106 @@
+"""Which tokens may be drawn (temperature, nucleus), and the draw itself: one uniform per position.
+
+All functions work on rows of a probability matrix [N, V]; nothing is ever sorted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # vocabulary ids per block of the two-level inverse CDF; the lane width of a TPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """Temperature, then top-p.
+
+    Attributes:
+      temperature: 0 takes the most probable token.
+      top_p: 1 keeps everything.
+      top_p_rule: 'standard' keeps the token that crosses p; 'reference' drops it (the public soft-masking code keeps
+        tokens whose inclusive cumulative probability is <= p, and always the first).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_p_rule: str = "standard"
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"sampling temperature: got {self.temperature}, wanted >= 0 (0 takes the argmax)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling top_p: got {self.top_p}, wanted 0 < top_p <= 1 (1 keeps everything)")
+        if self.top_p_rule not in ("standard", "reference"):
+            raise ValueError(f"sampling top_p_rule: got {self.top_p_rule!r}, wanted 'standard' or 'reference'")
+
+    def probs(self, logits: jax.Array) -> jax.Array:
+        """Filtered probabilities, not renormalised: logits [N, V] f32 -> [N, V] f32. Not for temperature 0."""
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        unnormalised = jnp.exp(logits - logits.max(-1, keepdims=True))
+        probs = unnormalised / unnormalised.sum(-1, keepdims=True)
+        if self.top_p >= 1:
+            return probs
+        threshold = nucleus_threshold(probs, self.top_p, self.top_p_rule)
+        return jnp.where(probs >= threshold[:, None], probs, 0.0)
+
+
+def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") -> jax.Array:
+    """The smallest probability that top-p keeps: [N, V] f32 -> [N] f32.
+
+    Bisection on the bits of the threshold, whose mass {p >= threshold} falls as it rises: for positive floats the order
+    of the bits is the order of the values, so half of the steps are spent on the exponent and half inside an octave.
+    A row is done when at most one token lies between the bounds; equal probabilities are kept or dropped together.
+    """
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
+    value = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+
+    def open_rows(state):
+        low, high, mass_low, mass_high = state
+        # Tokens between the bounds are at least `low` each, so a gap below 2 low holds at most one of them.
+        return (high - low > 1) & (mass_low - mass_high >= 2 * value(low))
+
+    def halve(state):
+        low, high, mass_low, mass_high = state
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(probs >= value(middle)[:, None], probs, 0.0), -1)
+        # 'reference' keeps what does not exceed p, so a mass equal to p belongs to the upper side there.
+        enough = mass >= top_p if rule == "standard" else mass > top_p
+        keep = open_rows(state)
+        low, mass_low = jnp.where(keep & enough, middle, low), jnp.where(keep & enough, mass, mass_low)
+        high, mass_high = jnp.where(keep & ~enough, middle, high), jnp.where(keep & ~enough, mass, mass_high)
+        return low, high, mass_low, mass_high
+
+    rows, vocab = probs.shape
+    top = probs.max(-1)
+    # All tokens below (1 - p) / V together weigh less than 1 - p; halved against rounding of the sum.
+    low = jnp.minimum(bits(jnp.full(rows, 0.5 * (1 - top_p) / vocab, jnp.float32)), bits(top))
+    state = (low, bits(top) + 1, jnp.ones(rows), jnp.zeros(rows))
+    low, high, _, _ = jax.lax.while_loop(lambda s: jnp.any(open_rows(s)), halve, state)
+    return value(low) if rule == "standard" else jnp.minimum(value(high), top)
+
+
+def inverse_cdf(probs: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draws an id per row with one uniform: probs [N, V] (>= 0, any sum > 0), u [N] in [0, 1) -> ids [N], total [N].
+
+    Against V Gumbels per position this is one random number and no sort, and f32 Gumbel noise, whose truncated tail
+    lowers the temperature of every draw, never enters. Two levels (blocks, then ids of one block) keep the running
+    sums short; ids of probability 0 are never drawn.
+    """
+    rows, vocab = probs.shape
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    ends = jnp.cumsum(blocks.sum(-1), -1)
+    total = ends[:, -1]
+    # u * total can round up to total: the largest float below it still falls into the last non-empty block.
+    target = jnp.minimum(u * total, jnp.nextafter(total, jnp.zeros_like(total)))[:, None]
+    block = jnp.sum(ends <= target, -1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    start = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    above = (start[:, None] + jnp.cumsum(inside, -1)) > target
+    # The two summation orders may differ by an ulp, so that nothing exceeds the target: then the last possible id.
+    last = BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], -1)
+    within = jnp.where(above.any(-1), jnp.argmax(above, -1), last)
+    return (block * BLOCK + within).astype(jnp.int32), total

@@ -1,0 +1,205 @@
+"""The sampler: one `lax.scan` over the schedule, compiled once per (sampler, B, L, number of steps).
+
+    canvas -> { denoise -> draw -> policy -> feedback for what is still masked } x T -> argmax of what is left
+
+Randomness is two uniforms per position and step, drawn from a key per row: a row of a batch equals the same row alone.
+
+Shapes: B examples, L positions, T steps, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from smdlm.denoiser import Denoiser
+from smdlm.readout import Readout
+from smdlm.sampling.filters import Filters
+from smdlm.sampling.policies import Policy, Times, linear_times
+from smdlm.softmask import Feedback
+
+
+class Samples(flax.struct.PyTreeNode):
+    """tokens [B, L] i32, and forwards [] i32: how many forward passes were really run (the nominal NFE is T)."""
+
+    tokens: jax.Array
+    forwards: jax.Array
+
+
+class Carry(flax.struct.PyTreeNode):
+    """State between two steps. hidden and changed [B] serve refresh='on_change'."""
+
+    canvas: jax.Array
+    feedback: Feedback | None
+    policy: Any
+    forwards: jax.Array
+    hidden: jax.Array | None
+    changed: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Diffusion sampler.
+
+    Attributes:
+      policy: what is committed and re-masked (policies.py).
+      filters: temperature and top-p of the draw; the feedback is always the unfiltered distribution.
+      steps: nominal NFE.
+      use_feedback: False samples a soft-masked model like a binary one.
+      feedback_source: what a re-masked position remembers. 'subs': the token it held, as a one-hot (the reference feeds
+        back the carry-over distribution, so lambda is at its largest there); 'raw': the model's own prediction.
+      refresh: 'always' runs the model at every step. 'on_change' runs it only for rows whose canvas changed since their
+        last forward, and skips the forward when no row did: the reference's cache, but row by row. For a soft-masked
+        model the two differ: each forward is also a step of feedback.
+    """
+
+    denoiser: Denoiser
+    readout: Readout
+    policy: Policy
+    filters: Filters = Filters()
+    steps: int = 128
+    use_feedback: bool = True
+    feedback_source: str = "subs"
+    refresh: str = "always"
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps: got {self.steps}, wanted at least 1")
+        if self.feedback_source not in ("subs", "raw"):
+            raise ValueError(f"sampling.feedback_source: got {self.feedback_source!r}, wanted 'subs' or 'raw'")
+        if self.refresh not in ("always", "on_change"):
+            raise ValueError(f"sampling.refresh: got {self.refresh!r}, wanted 'always' or 'on_change'")
+        if self.use_feedback and self.denoiser.softmask is None:
+            raise ValueError(
+                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or config.softmask.on)"
+            )
+
+    def __call__(self, params: Any, key: jax.Array, canvas: jax.Array) -> Samples:
+        """Fills every mask of the canvas [B, L]; all other positions are prompts and never change."""
+        return self.run(params, key, canvas, linear_times(self.steps))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(self, params: Any, key: jax.Array, canvas: jax.Array, times: Times) -> Samples:
+        prompt = canvas != self.denoiser.mask_id
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(canvas)))
+
+        def body(carry: Carry, xs: tuple[jax.Array, Times]) -> tuple[Carry, None]:
+            index, now = xs
+            draw_u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index), (2, canvas.shape[1])))
+            u = draw_u(row_keys)
+            return self.step(params, carry, now, prompt, u[:, 0], u[:, 1]), None
+
+        xs = (jnp.arange(times.t.shape[0]), times)
+        carry, _ = jax.lax.scan(body, self.init(canvas), xs)
+        return self.finish(params, carry)
+
+    def init(self, canvas: jax.Array) -> Carry:
+        shape = (*canvas.shape, self.denoiser.model.width)
+        hidden = jnp.zeros(shape, self.denoiser.model.dtype)
+        feedback = None
+        if self.use_feedback:
+            feedback = Feedback.none(*canvas.shape, self.readout.k)
+            feedback = self.denoiser.softmask.attach(feedback, hidden)
+        return Carry(
+            canvas=canvas,
+            feedback=feedback,
+            policy=self.policy.init(canvas),
+            forwards=jnp.zeros((), jnp.int32),
+            hidden=hidden if self.refresh == "on_change" else None,
+            changed=jnp.ones(len(canvas), bool),
+        )
+
+    def step(
+        self, params: Any, carry: Carry, times: Times, prompt: jax.Array, u_token: jax.Array, u_move: jax.Array
+    ) -> Carry:
+        """One step. u_token decides what a position would become, u_move whether it does: [B, L] uniforms in [0, 1)."""
+        canvas, masked = carry.canvas, carry.canvas == self.denoiser.mask_id
+        # 1. Denoise.
+        if self.refresh == "always":
+            hidden, forwards = self.denoiser(params, canvas, carry.feedback), carry.forwards + 1
+        else:
+            fresh = lambda: jnp.where(
+                carry.changed[:, None, None], self.denoiser(params, canvas, carry.feedback), carry.hidden
+            )
+            hidden = jax.lax.cond(carry.changed.any(), fresh, lambda: carry.hidden)
+            forwards = carry.forwards + carry.changed.any()
+        # 2. Draw a candidate for every masked position; 'raw' feedback also needs statistics where nothing is drawn.
+        read = jnp.ones_like(masked) if self.use_feedback and self.feedback_source == "raw" else masked
+        draw = self.readout.draw(self.denoiser.head(params), hidden, read, u_token, self.filters)
+        # 3. Commit and re-mask.
+        commit, remask, policy = self.policy(u_move, canvas, masked, draw, times, carry.policy)
+        commit, remask = commit & masked, remask & ~masked & ~prompt
+        after = jnp.where(commit, draw.ids, jnp.where(remask, self.denoiser.mask_id, canvas))
+        # 4. What is masked now remembers this step's prediction.
+        feedback = None
+        if self.use_feedback:
+            feedback = draw.feedback
+            if self.feedback_source == "subs":
+                feedback = _remember_token(feedback, remask, canvas)
+            feedback = feedback.replace(active=after == self.denoiser.mask_id)
+            feedback = self.denoiser.softmask.attach(feedback, hidden)
+        return Carry(
+            canvas=after,
+            feedback=feedback,
+            policy=policy,
+            forwards=forwards,
+            hidden=hidden if self.refresh == "on_change" else None,
+            changed=jnp.any(after != canvas, axis=1),
+        )
+
+    def finish(self, params: Any, carry: Carry) -> Samples:
+        """Noise removal: whatever is still masked becomes the argmax of one more forward, run only if needed."""
+        masked = carry.canvas == self.denoiser.mask_id
+
+        def argmax() -> Samples:
+            hidden = self.denoiser(params, carry.canvas, carry.feedback)
+            best = self.readout.feedback(self.denoiser.head(params), hidden, masked).ids[..., 0]
+            return Samples(jnp.where(masked, best, carry.canvas), carry.forwards + 1)
+
+        return jax.lax.cond(masked.any(), argmax, lambda: Samples(carry.canvas, carry.forwards))
+
+
+def _remember_token(feedback: Feedback, where: jax.Array, tokens: jax.Array) -> Feedback:
+    """Feedback with a one-hot of `tokens` (entropy 0) at `where`."""
+    first = jnp.arange(feedback.ids.shape[-1]) == 0
+    return feedback.replace(
+        ids=jnp.where(where[..., None], tokens[..., None], feedback.ids),
+        probs=jnp.where(where[..., None], first.astype(jnp.float32), feedback.probs),
+        neg_entropy=jnp.where(where, 0.0, feedback.neg_entropy),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ARSampler:
+    """Left-to-right sampling of the causal baseline with a KV cache: L - 1 forwards of one position."""
+
+    denoiser: Denoiser
+    readout: Readout
+    bos_id: int
+    filters: Filters = Filters()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def __call__(self, params: Any, key: jax.Array, canvas: jax.Array) -> Samples:
+        """Fills every mask of the canvas [B, L] (a masked first position becomes BOS); other positions are forced."""
+        batch, length = canvas.shape
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+        head, mask_id = self.denoiser.head(params), self.denoiser.mask_id
+        first = jnp.where(canvas[:, 0] == mask_id, self.bos_id, canvas[:, 0])
+
+        def body(carry, xs):
+            token, cache = carry
+            index, given = xs
+            hidden, cache = self.denoiser.decode(params, token[:, None], cache, index)
+            u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(row_keys)
+            draw = self.readout.draw(head, hidden, jnp.ones((batch, 1), bool), u[:, None], self.filters)
+            token = jnp.where(given == mask_id, draw.ids[:, 0], given)
+            return (token, cache), token
+
+        cache = self.denoiser.model.init_cache(batch, length)
+        _, rest = jax.lax.scan(body, (first, cache), (jnp.arange(length - 1), canvas[:, 1:].T))
+        return Samples(jnp.concatenate([first[:, None], rest.T], axis=1), jnp.int32(length - 1))
