@@ -87,7 +87,8 @@ class Block(nn.Module):
         h = modulate(LayerNorm(dtype, name="norm1")(x), shifts[0], shifts[1])
         names = ("embed", None, "heads", "head")
         qkv = Linear((3, cfg.heads, head_width), names, dtype, bias=False, name="qkv")(h)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # `split`, not indexing: its transpose is one concatenation, that of three slices is three padded sums.
+        query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)

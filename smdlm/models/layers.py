@@ -82,6 +82,20 @@ class LayerNorm(nn.Module):
         return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale).astype(self.dtype)
 
 
+@jax.custom_vjp
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def _matmul_backward(residuals, g):
+    x, w = residuals
+    g = jax.lax.optimization_barrier(g)
+    return g @ w.T, x.T @ g
+
+
+_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+
+
 class Linear(nn.Module):
     """x [..., inputs] -> [..., *features]; kernel stored as [*inputs, *features] in f32, multiplied in dtype.
 
@@ -101,12 +115,8 @@ class Linear(nn.Module):
         fan_in = int(np.prod(shape))
         init = nn.initializers.zeros if self.zero else uniform_fan_in(fan_in)
         kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features))
-        axes = tuple(range(-self.inputs, 0)), tuple(range(self.inputs))
-        out = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            ((tuple(a % x.ndim for a in axes[0]), axes[1]), ((), ())),
-        )
+        rows, columns = x.astype(self.dtype).reshape(-1, fan_in), kernel.astype(self.dtype).reshape(fan_in, -1)
+        out = _matmul(rows, columns).reshape(*x.shape[: -self.inputs], *self.features)
         if self.bias:
             bias = self.param("bias", logical(init, *self.names[self.inputs :]), self.features)
             out = out + bias.astype(self.dtype)

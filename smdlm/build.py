@@ -1,0 +1,303 @@
+"""The only reader of ConfigDict: config -> frozen dataclasses -> objects.
+
+Every section becomes `Foo(**section)`, so that a misspelt or superfluous field is an error and a missing one takes the
+dataclass's documented default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from smdlm.data.text import DataConfig, TextData, batches, load
+from smdlm.denoiser import Denoiser
+from smdlm.diffusion import LogLinear, TimeSampler
+from smdlm.evaluate.likelihood import EvalConfig
+from smdlm.models.dit import DiT, DiTConfig
+from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
+from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_shardings
+from smdlm.readout import Readout
+from smdlm.sampling.filters import Filters
+from smdlm.sampling.loop import ARSampler, Sampler
+from smdlm.sampling.policies import Ancestral
+from smdlm.softmask import ConstantGate, EntropyGate, FullSoftMask, Lerp, NormLerp, Slerp, SoftMask
+from smdlm.state import OptimizerConfig, TrainState, init_state, make_optimizer
+from smdlm.train import TrainConfig, make_train_step
+
+GATES = {"entropy": EntropyGate, "constant": ConstantGate}
+MIXERS = {"lerp": Lerp, "slerp": Slerp, "norm_lerp": NormLerp}
+POLICIES = {"mdlm": Ancestral}
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftMaskConfig:
+    """config.softmask.
+
+    Attributes:
+      p_sm: chance of a soft-masked training step; 0 trains a binary model without omega.
+      variant: 'topk', or 'full' (the whole distribution with a learned temperature).
+      k: remembered candidates. gate, mixer: see softmask.py; scale, centre, steepness: where omega starts.
+    """
+
+    p_sm: float = 0.8
+    variant: str = "topk"
+    k: int = 3
+    gate: str = "entropy"
+    mixer: str = "lerp"
+    scale: float = 1e-6
+    centre: float = -0.75
+    steepness: float = 6.66
+    temperature: float = 1.0
+
+    def make(self) -> SoftMask | None:
+        if self.p_sm == 0:
+            return None
+        gate = pick("softmask.gate", self.gate, GATES)
+        sizes = {"scale": self.scale}
+        if gate is EntropyGate:
+            sizes |= {"centre": self.centre, "steepness": self.steepness}
+        parts = {"k": self.k, "gate": gate(**sizes), "mixer": pick("softmask.mixer", self.mixer, MIXERS)()}
+        if pick("softmask.variant", self.variant, {"topk": False, "full": True}):
+            return FullSoftMask(**parts, temperature=self.temperature)
+        return SoftMask(**parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """config.sampling; the first fields are those of `Sampler` and `Filters`.
+
+    Attributes:
+      policy: 'mdlm'.
+      count: samples written. prompt: text at the start of each, '' for none.
+    """
+
+    policy: str = "mdlm"
+    steps: int = 128
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_p_rule: str = "standard"
+    use_feedback: bool = True
+    feedback_source: str = "subs"
+    refresh: str = "always"
+    count: int = 8
+    prompt: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
+
+
+SECTIONS = {
+    "data": DataConfig,
+    "noise": LogLinear,
+    "times": TimeSampler,
+    "softmask": SoftMaskConfig,
+    "readout": Readout,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "sampling": SamplingConfig,
+    "eval": EvalConfig,
+    "mesh": MeshConfig,
+}
+
+
+def pick(field: str, name: str, table: dict[str, Any]) -> Any:
+    """table[name], or one clear line. No silent else: the reference samples without feedback on an unknown name."""
+    if name not in table:
+        raise ValueError(f"{field}: got {name!r}, wanted one of {', '.join(map(repr, table))}")
+    return table[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections as dataclasses. model stays a dict until the tokenizer tells the vocabulary."""
+
+    model: dict[str, Any]
+    data: DataConfig
+    noise: LogLinear
+    times: TimeSampler
+    softmask: SoftMaskConfig
+    readout: Readout
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+
+
+def read(config: ml_collections.ConfigDict) -> Config:
+    """Validates every field of a config before anything is loaded or compiled.
+
+    Raises:
+      ValueError: one line; unknown section or field, wrong type, value out of range, impossible combination.
+    """
+    unknown = set(config) - set(SECTIONS) - {"model"}
+    if unknown:
+        raise ValueError(f"config: got section {sorted(unknown)}, wanted model, {', '.join(SECTIONS)}")
+    given = {name: dict(config[name]) if name in config else {} for name in SECTIONS}
+    if "k" in given["readout"]:
+        raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
+    given["readout"]["k"] = given["softmask"].get("k", SoftMaskConfig.k)
+    sections = {name: _construct(name, cls, given[name]) for name, cls in SECTIONS.items()}
+    model = dict(config.get("model", {}))
+    _construct("model", DiTConfig, {"vocab_size": 2, **model})
+    softmask, train, data, sampling = (sections[n] for n in ("softmask", "train", "data", "sampling"))
+    if not 0 <= softmask.p_sm <= 1:
+        raise ValueError(f"softmask.p_sm: got {softmask.p_sm}, wanted 0 <= p_sm <= 1")
+    softmask.make()
+    Filters(sampling.temperature, sampling.top_p, sampling.top_p_rule)
+    pick("sampling.policy", sampling.policy, POLICIES)
+    if model.get("causal") and softmask.p_sm:
+        raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+    if data.batch_size % train.accumulate:
+        raise ValueError(
+            f"train.accumulate: got {train.accumulate} for data.batch_size {data.batch_size}, wanted a divisor"
+        )
+    return Config(model=model, **sections)
+
+
+def _construct(section: str, cls: type, values: dict[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"config.{section}: got unknown field {', '.join(unknown)}, wanted one of {', '.join(fields)}")
+    missing = sorted(
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values
+    )
+    if missing:
+        raise ValueError(f"config.{section}: got no {', '.join(missing)}, wanted a value for each")
+    for name, value in values.items():
+        wanted = getattr(fields[name].type, "__name__", fields[name].type)
+        kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[wanted]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"config.{section}.{name}: got {value!r}, wanted {wanted}")
+    return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of; parameters and state are created by the methods."""
+
+    config: Config
+    data: TextData
+    denoiser: Denoiser
+    objective: Objective
+    optimizer: optax.GradientTransformationExtraArgs
+    sampler: Sampler | ARSampler
+    mesh: Mesh
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.updates(self.objective.p_sm)
+
+    def abstract_params(self) -> tuple[Any, Any]:
+        """(shapes with shardings, shardings) of the parameters."""
+        boxed = jax.eval_shape(self.denoiser.init_params, jax.random.key(0))
+        shardings = param_shardings(self.mesh, boxed)
+        return _place(nn.meta.unbox(boxed), shardings), shardings
+
+    def _init(self, key: jax.Array) -> TrainState:
+        return init_state(nn.meta.unbox(self.denoiser.init_params(key)), self.optimizer)
+
+    def shardings(self) -> TrainState:
+        abstract = jax.eval_shape(self._init, jax.random.key(0))
+        return state_shardings(self.mesh, abstract, self.abstract_params()[1])
+
+    def abstract_state(self) -> TrainState:
+        return _place(jax.eval_shape(self._init, jax.random.key(0)), self.shardings())
+
+    def init_state(self) -> TrainState:
+        key = jax.random.key(self.config.train.seed)
+        return jax.jit(self._init, out_shardings=self.shardings())(key)
+
+    def train_step(self) -> Callable[..., Any]:
+        return make_train_step(
+            self.objective,
+            self.optimizer,
+            ema_decay=self.config.optimizer.ema_decay,
+            accumulate=self.config.train.accumulate,
+            seed=self.config.train.seed,
+            mesh=self.mesh,
+            shardings=self.shardings(),
+        )
+
+    def train_batches(self, start: int) -> Any:
+        data = self.config.data
+        return batches(
+            self.data.train,
+            batch_size=data.batch_size,
+            seed=data.seed,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def eval_batches(self) -> Any:
+        config = self.config.eval
+        blocks = [self.data.val[i] for i in range(min(config.blocks, len(self.data.val)))]
+        size = min(config.batch_size, len(blocks))
+        return batches(blocks, batch_size=size, seed=0, shuffle=False, repeat=False)
+
+    def put(self, batch: dict[str, np.ndarray]) -> Any:
+        """Host rows -> one global array per entry, split over the data axes."""
+        sharding = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def _place(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def build(config: Config, cache_dir: Path) -> Experiment:
+    """Loads the data and assembles model, objective, optimizer and sampler. Raises ValueError on what does not fit."""
+    data = load(config.data, cache_dir)
+    tokenizer = data.tokenizer
+    vocab = tokenizer.model_vocab_size
+    wanted = config.model.get("vocab_size", vocab)
+    if wanted < vocab:
+        raise ValueError(
+            f"model.vocab_size: got {wanted}, wanted at least {vocab} ({config.data.tokenizer} and its mask id)"
+        )
+    model = DiT(DiTConfig(**{**config.model, "vocab_size": wanted}))
+    denoiser = Denoiser(model, wanted, tokenizer.mask_id, config.softmask.make())
+    objective: Objective
+    if model.config.causal:
+        objective = NextToken(denoiser, config.readout)
+    else:
+        objective = SoftMaskedDiffusion(denoiser, config.readout, config.softmask.p_sm, config.noise, config.times)
+    return Experiment(
+        config=config,
+        data=data,
+        denoiser=denoiser,
+        objective=objective,
+        optimizer=make_optimizer(config.optimizer, config.train.updates(config.softmask.p_sm)),
+        sampler=make_sampler(config, denoiser, tokenizer.bos_id),
+        mesh=config.mesh.make(),
+    )
+
+
+def make_sampler(config: Config, denoiser: Denoiser, bos_id: int) -> Sampler | ARSampler:
+    s = config.sampling
+    filters = Filters(s.temperature, s.top_p, s.top_p_rule)
+    if denoiser.model.config.causal:
+        return ARSampler(denoiser, config.readout, bos_id, filters)
+    return Sampler(
+        denoiser=denoiser,
+        readout=config.readout,
+        policy=POLICIES[s.policy](),
+        filters=filters,
+        steps=s.steps,
+        use_feedback=s.use_feedback and denoiser.softmask is not None,
+        feedback_source=s.feedback_source,
+        refresh=s.refresh,
+    )

@@ -1,0 +1,262 @@
+"""Command line: python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample] [--config.x.y=z]
+
+Running the same command again continues an unfinished run and prints the summary of a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from smdlm import cpu
+from smdlm.build import Experiment, build, read
+from smdlm.checkpoint import CheckpointDamaged, Checkpointer
+from smdlm.evaluate.likelihood import Estimate, likelihood
+from smdlm.train import NonFiniteLoss, run
+from smdlm.writer import Writer
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/tiny.py.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
+
+
+def evaluate(experiment: Experiment, params: Any) -> dict[str, Estimate]:
+    """Validation likelihood of params (usually the EMA)."""
+    return likelihood(
+        experiment.objective,
+        params,
+        experiment.eval_batches(),
+        experiment.data.tokenizer.token_bytes,
+        experiment.config.eval,
+        experiment.put,
+    )
+
+
+def sample(experiment: Experiment, params: Any) -> tuple[list[str], int]:
+    """(texts, forwards really run). The prompt, if any, stands at the start of every canvas and never changes."""
+    config, tokenizer = experiment.config.sampling, experiment.data.tokenizer
+    length = experiment.config.data.seq_len
+    prompt = tokenizer.encode(config.prompt) if config.prompt else np.zeros(0, np.int32)
+    if len(prompt) >= length:
+        raise ValueError(f"sampling.prompt: got {len(prompt)} tokens, wanted fewer than data.seq_len = {length}")
+    canvas = np.full((config.count, length), experiment.denoiser.mask_id, np.int32)
+    canvas[:, : len(prompt)] = prompt
+    samples = experiment.sampler(params, jax.random.key(config.seed), jnp.asarray(canvas))
+    return [tokenizer.decode(row) for row in np.asarray(samples.tokens)], int(samples.forwards)
+
+
+def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, meta: dict[str, Any]) -> None:
+    config, begin = experiment.config, time.time()
+    previous = 0.0
+    start_step = 0
+    if checkpointer.latest_step() is not None:
+        state, data, saved = checkpointer.restore(experiment.abstract_state())
+        start_step, previous = data["next_index"], saved.get("wall_s", 0.0)
+        logging.info("continuing at step %d", start_step)
+    else:
+        state = experiment.init_state()
+    chief = jax.process_index() == 0
+    writer = Writer(workdir, total_steps=experiment.steps, enabled=chief, start_step=start_step)
+
+    def validate(state: Any) -> dict[str, float]:
+        return _scalars(evaluate(experiment, state.ema))
+
+    # A live view, so that each checkpoint records the time spent so far.
+    meta = _Clocked(meta, begin - previous)
+    state, tokens_per_s = run(
+        state,
+        config=config.train,
+        steps=experiment.steps,
+        step_fn=experiment.train_step(),
+        batches=experiment.train_batches(start_step),
+        put=experiment.put,
+        tokens_per_batch=config.data.batch_size * config.data.seq_len,
+        checkpointer=checkpointer,
+        writer=writer,
+        meta=meta,
+        evaluate=validate,
+    )
+    estimates = evaluate(experiment, state.ema)
+    writer.scalars(experiment.steps, _scalars(estimates))
+    texts, forwards = sample(experiment, state.ema)
+    writer.samples(experiment.steps, texts)
+    writer.curves()
+    checkpointer.wait()
+    omega = {k: float(v) for k, v in experiment.denoiser.omega(state.params).items()}
+    summary = {
+        "val_bits_per_byte_one_pass": _bits(estimates, "one_pass", "next_token"),
+        "val_bits_per_byte_two_pass": _bits(estimates, "two_pass"),
+        "val_bits_per_byte_carried": _bits(estimates, "carried"),
+        "tokens_per_s": tokens_per_s or None,
+        **{name: omega.get(name) for name in ("omega_s", "omega_a", "omega_b")},
+        "steps": experiment.steps,
+        "wall_s": time.time() - begin + previous,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "forwards_per_sample": forwards,
+        "estimates": {name: vars(e) | {"perplexity": e.perplexity} for name, e in estimates.items()},
+        "samples": texts[:3],
+    }
+    writer.summary(summary)
+    writer.close()
+    if chief:
+        _print_summary(summary, workdir)
+
+
+class _Clocked(dict):
+    """meta whose wall_s is the time at which it is copied."""
+
+    def __init__(self, values: dict[str, Any], begin: float):
+        super().__init__(values)
+        self._begin = begin
+
+    def keys(self):
+        self["wall_s"] = time.time() - self._begin
+        return super().keys()
+
+
+def _bits(estimates: dict[str, Estimate], *names: str) -> float | None:
+    return next((estimates[n].bits_per_byte for n in names if n in estimates), None)
+
+
+def _scalars(estimates: dict[str, Estimate]) -> dict[str, float]:
+    return {f"val/bits_per_byte_{n}": e.bits_per_byte for n, e in estimates.items()} | {
+        f"val/nats_per_token_{n}": e.nats_per_token for n, e in estimates.items()
+    }
+
+
+LABELS = {
+    "one_pass": "one pass (no feedback)",
+    "two_pass": "two passes (feedback)",
+    "carried": "carried feedback",
+    "next_token": "next token (exact)",
+}
+
+
+def _print_estimates(estimates: dict[str, dict[str, float]]) -> None:
+    print(f"\n{'validation':26}{'bits/byte':>18}{'nats/token':>18}{'perplexity':>12}")
+    for name, e in estimates.items():
+        bits = f"{e['bits_per_byte']:.4f} ± {e['bits_interval']:.4f}"
+        nats = f"{e['nats_per_token']:.4f} ± {e['nats_interval']:.4f}"
+        print(f"{LABELS[name]:26}{bits:>18}{nats:>18}{e['perplexity']:12.3f}")
+    blocks = next(iter(estimates.values()))["blocks"]
+    print(f"({blocks} validation blocks, fixed masks, EMA weights; ± is a 95 % interval over blocks)")
+
+
+def _print_summary(summary: dict[str, Any], workdir: Path) -> None:
+    _print_estimates(summary["estimates"])
+    rows = [
+        ("updates", f"{summary['steps']}"),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("tokens per second", f"{summary['tokens_per_s']:,.0f}" if summary["tokens_per_s"] else "-"),
+    ]
+    if summary["omega_s"] is not None:
+        names = {"omega_s": "scale", "omega_a": "steepness", "omega_b": "centre"}
+        learned = ", ".join(f"{names[k]} {summary[k]:.3g}" for k in names if summary[k] is not None)
+        rows.append(("learned omega", learned))
+    rows += [
+        ("wall time", f"{summary['wall_s']:.0f} s"),
+        ("files", f"{workdir}/: summary.json metrics.jsonl samples/ loss.png omega.png checkpoints/ tensorboard/"),
+    ]
+    print()
+    for name, value in rows:
+        print(f"{name:26}{value}")
+    for i, text in enumerate(summary["samples"]):
+        print(f"\n--- sample {i + 1} ({summary['forwards_per_sample']} forwards)\n{text.strip()}")
+    sys.stdout.flush()
+
+
+def _restore_ema(experiment: Experiment, checkpointer: Checkpointer) -> tuple[Any, int]:
+    params, meta = checkpointer.restore_params(experiment.abstract_params()[0], which="ema")
+    return params, meta["step"]
+
+
+def _finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that is complete, else None."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("steps") == steps and checkpointer.latest_step() == steps else None
+
+
+def main(_: Sequence[str]) -> None:
+    config = read(CONFIG.value)
+    cpu.keep_memory()
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = Path(WORKDIR.value or f"runs/{name}")
+    directory = workdir / "checkpoints"
+    if OVERWRITE.value and MODE.value == "train" and directory.exists():
+        shutil.rmtree(directory)
+        (workdir / "summary.json").unlink(missing_ok=True)
+    checkpointer = Checkpointer(directory, keep=config.train.keep)
+    if MODE.value == "train":
+        summary = _finished(workdir, checkpointer, config.train.updates(config.softmask.p_sm))
+        if summary:
+            print(f"{workdir} holds a finished run (--overwrite starts anew):")
+            _print_summary(summary, workdir)
+            return
+    elif checkpointer.latest_step() is None:
+        raise FileNotFoundError(f"{MODE.value}: got no checkpoint in {directory}, wanted a trained run: --mode=train first")
+    experiment = build(config, workdir)
+    if MODE.value == "train":
+        tokenizer = experiment.data.tokenizer
+        meta = {
+            "config": json.loads(CONFIG.value.to_json_best_effort()),
+            "tokenizer": tokenizer.fingerprint,
+            "content_hash": experiment.data.content_hash,
+        }
+        _train(experiment, workdir, checkpointer, meta)
+    else:
+        params, step = _restore_ema(experiment, checkpointer)
+        print(f"checkpoint of step {step} in {directory}, EMA weights")
+        if MODE.value == "eval":
+            _print_estimates({n: vars(e) | {"perplexity": e.perplexity} for n, e in evaluate(experiment, params).items()})
+        else:
+            texts, forwards = sample(experiment, params)
+            writer = Writer(workdir, total_steps=step)
+            writer.samples(step, texts)
+            for i, text in enumerate(texts):
+                print(f"\n--- sample {i + 1} ({forwards} forwards)\n{text.strip()}")
+    checkpointer.close()
+
+
+def _fail(error: BaseException) -> None:
+    """One line (a mismatch lists its leaves below it), exit status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise ValueError("--config: got nothing, wanted a file, e.g. --config=configs/tiny.py")
+        if len(rest) > 1:
+            raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
+        return rest
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError) as error:
+        _fail(error)
+        raise
+
+
+def _main(argv: Sequence[str]) -> None:
+    try:
+        main(argv)
+    except (ValueError, FileNotFoundError, CheckpointDamaged, NonFiniteLoss, ImportError) as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,218 @@
+"""The train step and the loop around it: the only imperative shell of training."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from smdlm.checkpoint import Checkpointer
+from smdlm.objective import Objective
+from smdlm.partition import batch_sharding, replicated
+from smdlm.state import TrainState, update_ema
+from smdlm.writer import Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: updates of a run with one forward per update.
+      update_budget: 'iso_update' does `steps` updates. 'iso_compute' does half of them when soft-masking is on: the
+        paper's comparison at an equal number of forward passes.
+      accumulate: micro-batches per update; the batch is divided, the result does not change.
+      log_every, save_every, eval_every: in updates; saves and evaluations fall on log points. eval_every 0: at the end.
+      keep: checkpoints kept.
+      seed: of parameters, noise and dropout.
+    """
+
+    steps: int
+    update_budget: str = "iso_update"
+    accumulate: int = 1
+    log_every: int = 100
+    save_every: int = 1000
+    eval_every: int = 0
+    keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.update_budget not in ("iso_update", "iso_compute"):
+            raise ValueError(f"train.update_budget: got {self.update_budget!r}, wanted 'iso_update' or 'iso_compute'")
+        for name in ("save_every", "eval_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(
+                    f"train.{name}: got {getattr(self, name)}, wanted a multiple of log_every = {self.log_every} "
+                    "(what is saved has been checked for NaN at a log point)"
+                )
+
+    def updates(self, p_sm: float) -> int:
+        """Optimizer updates of the whole run."""
+        return max(1, self.steps // 2) if self.update_budget == "iso_compute" and p_sm > 0 else self.steps
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or inf; the message names the steps."""
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    ema_decay: float,
+    accumulate: int,
+    seed: int,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """jit (state, batch) -> (state, metrics); the state is donated. batch: {'tokens' [B, L] i32, 'valid' [B] bool, ..}.
+
+    All noise is a function of (seed, state.step, position in the global batch), so a resumed run continues bit for bit
+    and neither mesh nor micro-batches change the curve.
+    """
+
+    def gradients(params: Any, examples: Any, coin: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, examples, coin, key)
+        return loss, grads
+
+    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key_noise, key_coin, key_dropout = jax.random.split(key, 3)
+        examples = objective.corrupt(key_noise, batch)
+        coin = jax.random.bernoulli(key_coin, objective.p_sm)
+        if accumulate == 1:
+            loss, grads = gradients(state.params, examples, coin, key_dropout)
+        else:
+            # Micro-batch a takes the rows a, a + A, ...: a part of every device's rows. Weights are already divided by
+            # the tokens of the whole batch, so the sums below are the gradients of the undivided batch.
+            fold = lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+
+            def body(total: Any, xs: Any) -> tuple[Any, None]:
+                part, index = xs
+                new = gradients(state.params, part, coin, jax.random.fold_in(key_dropout, index))
+                return jax.tree.map(jnp.add, total, new), None
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, grads), _ = jax.lax.scan(body, zero, (jax.tree.map(fold, examples), jnp.arange(accumulate)))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, feedback=coin)
+        params = optax.apply_updates(state.params, updates)
+        done = state.step + 1
+        ema = update_ema(state.ema, params, done, ema_decay)
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": optax.global_norm(grads),
+            "train/masked": jnp.mean(examples.weights != 0),
+            "train/feedback": coin.astype(jnp.float32),
+        }
+        metrics |= {f"train/{name}": value for name, value in objective.denoiser.omega(params).items()}
+        return TrainState(done, params, ema, opt_state), metrics
+
+    return jax.jit(
+        step_fn,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def run(
+    state: TrainState,
+    *,
+    config: TrainConfig,
+    steps: int,
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Iterator[dict[str, np.ndarray]],
+    put: Callable[[dict[str, np.ndarray]], Any],
+    tokens_per_batch: int,
+    checkpointer: Checkpointer,
+    writer: Writer,
+    meta: dict[str, Any],
+    evaluate: Callable[[TrainState], dict[str, float]],
+) -> tuple[TrainState, float]:
+    """Trains from state.step to `steps`: (final state, tokens per second of this call, compilation left out).
+
+    Metrics are fetched at log points only, one step late, so the device never waits for the host. SIGTERM (preemption)
+    ends the loop at the next log point with a checkpoint.
+
+    Raises:
+      NonFiniteLoss: within one logging interval; nothing has been saved since the last finite log point.
+      SystemExit: after SIGTERM, with the state saved.
+    """
+    stop = _StopSignal()
+    step = start = int(state.step)
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    clock = first_clock = None
+    spent_elsewhere = 0.0  # saving and evaluating
+    while step < steps:
+        state, metrics = step_fn(state, put(next(batches)))
+        pending.append(metrics)
+        step += 1
+        if clock is None:
+            # The first step compiles; the clock starts when it is done.
+            jax.block_until_ready(metrics)
+            clock = first_clock = time.perf_counter()
+        if step % config.log_every and step != steps:
+            continue
+        values = {name: np.mean([float(m[name]) for m in pending]) for name in pending[-1]}
+        count = len(pending)
+        pending.clear()
+        if not np.isfinite(values["train/loss"]):
+            raise NonFiniteLoss(
+                f"training: got loss {values['train/loss']} between steps {step - count + 1} and {step}, wanted a finite "
+                f"number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
+                f"{checkpointer.latest_step()}"
+            )
+        now = time.perf_counter()
+        timed = count - 1 if step - count == start else count
+        values["train/tokens_per_s"] = tokens_per_batch * timed / max(now - clock, 1e-9)
+        writer.scalars(step, values)
+        writer.progress(step, values)
+        clock = now
+        last, stopped = step == steps, stop.requested
+        if step % config.save_every == 0 or last or stopped:
+            checkpointer.save(step, state, data={"next_index": step}, meta=meta)
+        if stopped and not last:
+            checkpointer.wait()
+            writer.close()
+            logging.warning("stopped by a signal at step %d; the same command continues", step)
+            raise SystemExit(0)
+        if config.eval_every and step % config.eval_every == 0 and not last:
+            writer.scalars(step, evaluate(state))
+        spent_elsewhere += time.perf_counter() - clock
+        clock = time.perf_counter()
+    stop.restore()
+    timed_steps = max(step - start - 1, 0)
+    seconds = clock - first_clock - spent_elsewhere if first_clock else 0.0
+    return state, tokens_per_batch * timed_steps / seconds if seconds > 0 else 0.0
+
+
+class _StopSignal:
+    """Remembers SIGTERM, the notice of preemption on pods and clusters."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = None
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._set)
+        except ValueError:
+            pass  # not the main thread (a notebook, a test): no handler
+
+    def _set(self, *_: Any) -> None:
+        self.requested = True
+
+    def restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
