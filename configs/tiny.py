@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.model = dict(width=128, depth=4, heads=4, cond=32, dropout=0.0, vocab_multiple=1)
+    config.model = dict(width=128, depth=4, heads=4, cond=32, dropout=0.0, remat="light", vocab_multiple=1)
     config.data = dict(source="stdlib:docstrings", tokenizer="bytes", seq_len=64, batch_size=64)
     config.softmask = dict(p_sm=0.8, k=3, scale=0.12, centre=-2.0, steepness=2.0)
     config.readout = dict(chunk=512)

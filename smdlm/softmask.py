@@ -63,24 +63,37 @@ def neg_entropy(log_probs: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1)
 
 
+def _largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest by k sweeps of max; vectorises where `lax.top_k` becomes a sort, and compiles on every backend."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    values, ids = [], []
+    for _ in range(k):
+        top = x.max(-1, keepdims=True)
+        first = jnp.min(jnp.where(x == top, index, x.shape[-1]), -1, keepdims=True)
+        x = jnp.where(index == first, -jnp.inf, x)
+        values.append(top)
+        ids.append(first)
+    return jnp.concatenate(values, -1), jnp.concatenate(ids, -1)
+
+
 def top_k(x: jax.Array, k: int, block: int = 128) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` over the last axis for small k, several times faster at large V: [..., V] -> values, ids [..., k].
+    """`jax.lax.top_k` over the last axis for small k, several times faster: finite [..., V] -> values, ids [..., k].
 
     The k largest values lie in the k blocks with the largest maxima, so one vectorised max over blocks leaves only
-    k * block candidates to sort. Ties go to the lowest index, exactly as in `lax.top_k`.
+    k * block candidates. Ties go to the lowest index, exactly as in `lax.top_k`.
     """
     vocab = x.shape[-1]
     if vocab <= 2 * k * block:
-        return jax.lax.top_k(x, k)
+        return _largest(x, k)
     pad = -vocab % block
     if pad:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)], constant_values=-jnp.inf)
     blocks = x.reshape(*x.shape[:-1], -1, block)
-    _, best = jax.lax.top_k(blocks.max(-1), k)
+    _, best = _largest(blocks.max(-1), k)
     best = jnp.sort(best, axis=-1)  # ascending blocks keep ties in index order below
     candidates = jnp.take_along_axis(blocks, best[..., None], axis=-2)
-    ids = best[..., None] * block + jnp.arange(block)
-    values, where = jax.lax.top_k(candidates.reshape(*x.shape[:-1], -1), k)
+    ids = best[..., None] * block + jnp.arange(block, dtype=jnp.int32)
+    values, where = _largest(candidates.reshape(*x.shape[:-1], -1), k)
     return values, jnp.take_along_axis(ids.reshape(*x.shape[:-1], -1), where, axis=-1)
 
 

@@ -1,0 +1,15 @@
+"""The autoregressive baseline at the size of tiny.py: the same data, optimizer and number of updates.
+
+python -m smdlm.main --config=configs/ar_tiny.py
+"""
+
+import ml_collections
+
+from configs import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.model.causal = True
+    config.softmask = dict(p_sm=0.0)
+    return config

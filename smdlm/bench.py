@@ -1,0 +1,169 @@
+"""Speed and memory: python -m smdlm.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE]
+
+Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
+bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
+to none with top-p 0.9 and feedback. Variants are interleaved and medians taken: on a shared machine only the ratios
+within one run mean something. Each size runs in its own process, so that the peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smdlm import cpu
+from smdlm.denoiser import Denoiser
+from smdlm.models.dit import DiT, DiTConfig
+from smdlm.objective import SoftMaskedDiffusion
+from smdlm.partition import MeshConfig, param_shardings, state_shardings
+from smdlm.readout import Readout
+from smdlm.sampling.filters import Filters
+from smdlm.sampling.loop import Sampler
+from smdlm.sampling.policies import Ancestral
+from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.state import OptimizerConfig, init_state, make_optimizer
+from smdlm.train import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """width, depth, heads, length L, batch B, vocabulary V; chunk: tokens per readout step; sampler steps timed."""
+
+    width: int
+    depth: int
+    heads: int
+    length: int
+    batch: int
+    vocab: int
+    chunk: int
+    steps: int
+
+
+SIZES = {
+    "tiny": Size(128, 4, 4, 128, 32, 258, 512, 32),
+    "6x192": Size(192, 6, 6, 256, 16, 258, 512, 16),
+    "169m": Size(768, 12, 12, 1024, 1, 50258, 256, 6),
+}
+
+
+def _timed(fn: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(fn())
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    """One row; times in ms, memory in GiB."""
+    size = SIZES[name]
+    multiple = 1 if size.vocab < 1024 else 128
+    config = DiTConfig(size.vocab, size.width, size.depth, size.heads, vocab_multiple=multiple)
+    readout = Readout(k=3, chunk=size.chunk)
+    denoiser = Denoiser(DiT(config), size.vocab, size.vocab - 1, SoftMask(gate=EntropyGate(0.5, -2.0, 2.0)))
+    optimizer = make_optimizer(OptimizerConfig(warmup=10), 1000)
+    mesh = MeshConfig().make(jax.devices()[:1])
+    boxed = jax.eval_shape(denoiser.init_params, jax.random.key(0))
+
+    def init(key: jax.Array) -> Any:
+        state = init_state(nn.meta.unbox(denoiser.init_params(key)), optimizer)
+        # The head starts at zero, which would make every distribution uniform and every token a tie.
+        kernel = jax.random.normal(key, state.params["backbone"]["head"]["kernel"].shape) * 3 * size.width**-0.5
+        state.params["backbone"]["head"]["kernel"] = kernel
+        return state
+
+    shardings = state_shardings(mesh, jax.eval_shape(init, jax.random.key(0)), param_shardings(mesh, boxed))
+    state = jax.jit(init)(jax.random.key(0))
+    make = lambda p_sm: make_train_step(
+        SoftMaskedDiffusion(denoiser, readout, p_sm),
+        optimizer,
+        ema_decay=0.9999,
+        accumulate=1,
+        seed=0,
+        mesh=mesh,
+        shardings=shardings,
+    )
+    train = {"train_binary_ms": make(0.0), "train_sm_ms": make(1.0)}
+    shape = (size.batch, size.length)
+    batch = {"tokens": jax.random.randint(jax.random.key(1), shape, 0, size.vocab - 1), "valid": jnp.ones(shape[0], bool)}
+    times: dict[str, list[float]] = {n: [] for n in (*train, "forward_ms", "sampler_step_ms")}
+    for repeat in range(-1, repeats):  # the first round compiles
+        for label, step in train.items():
+            begin = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            if repeat >= 0:
+                times[label].append(1e3 * (time.perf_counter() - begin))
+    params = state.ema
+    del state
+    forward = jax.jit(lambda params, canvas: denoiser.head(params).logits(denoiser(params, canvas)))
+    sampler = Sampler(denoiser, readout, Ancestral(), Filters(top_p=0.9), steps=size.steps)
+    masks = jnp.full(shape, size.vocab - 1)
+    for repeat in range(-1, max(2, repeats // 4)):
+        sampled, samples = None, None
+
+        def run() -> Any:
+            nonlocal samples
+            samples = sampler(params, jax.random.key(repeat + 1), masks)  # noqa: B023
+            return samples
+
+        forwards = [_timed(lambda: forward(params, batch["tokens"])) for _ in range(5)]
+        sampled = _timed(run)
+        if repeat >= 0:
+            times["forward_ms"] += forwards
+            times["sampler_step_ms"].append(sampled / int(samples.forwards))
+    row = {"size": name, **{n: float(np.median(t)) for n, t in times.items()}}
+    row["sm_over_binary"] = row["train_sm_ms"] / row["train_binary_ms"]
+    row["sampler_over_forward"] = row["sampler_step_ms"] / row["forward_ms"]
+    row["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return row
+
+
+COLUMNS = (
+    "train_binary_ms",
+    "train_sm_ms",
+    "sm_over_binary",
+    "forward_ms",
+    "sampler_step_ms",
+    "sampler_over_forward",
+    "peak_rss_gib",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SIZES, "all"], default="tiny")
+    parser.add_argument("--repeats", type=int, default=0, help="timed train steps of each kind; 0: 20, or 4 at 169m")
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)  # child process: one row as JSON
+    args = parser.parse_args(argv)
+    if args.repeats < 0:
+        parser.error(f"--repeats: got {args.repeats}, wanted at least 1 (or 0 for the default)")
+    if args.row:
+        cpu.keep_memory()
+        print(json.dumps(measure(args.size, args.repeats or (4 if args.size == "169m" else 20))))
+        return
+    rows = []
+    print(f"{'size':8}" + "".join(f"{name:>22}" for name in COLUMNS), flush=True)
+    for name in SIZES if args.size == "all" else [args.size]:
+        command = [sys.executable, "-m", "smdlm.bench", "--row", f"--size={name}", f"--repeats={args.repeats}"]
+        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows.append(json.loads(out.splitlines()[-1]))
+        print(f"{name:8}" + "".join(f"{rows[-1][column]:22.2f}" for column in COLUMNS), flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

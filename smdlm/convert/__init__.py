@@ -1,0 +1,1 @@
+"""Conversion of public PyTorch checkpoints to orbax and back."""

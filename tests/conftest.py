@@ -1,0 +1,94 @@
+"""Micro models, data and assertions shared by the tests of the core."""
+
+import os
+
+# Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smdlm.denoiser import Denoiser
+from smdlm.models.dit import DiT, DiTConfig
+from smdlm.partition import MeshConfig, param_shardings, state_shardings
+from smdlm.readout import Readout
+from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.state import OptimizerConfig, init_state, make_optimizer
+from smdlm.train import make_train_step
+
+V, MASK, B, L = 24, 23, 4, 8
+# The paper's gate starts shut (scale 1e-6), which would hide what feedback does from every test.
+SOFTMASK = SoftMask(k=3, gate=EntropyGate(scale=0.6, centre=-2.0, steepness=2.0))
+READOUT = Readout(k=3, chunk=5)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds")
+
+
+def make_denoiser(softmask=SOFTMASK, *, vocab=V, **model):
+    """A DiT of width 16 and depth 2; the mask is the last id of the vocabulary."""
+    sizes = {"width": 16, "depth": 2, "heads": 2, "cond": 8, "dropout": 0.0, "vocab_multiple": 1}
+    return Denoiser(DiT(DiTConfig(vocab_size=vocab, **{**sizes, **model})), vocab, vocab - 1, softmask)
+
+
+def make_params(denoiser, seed=0, noise=0.4):
+    """Parameters with noise on every leaf of the backbone: at the start head and adaLN are zero and hide mistakes."""
+    params = nn.meta.unbox(denoiser.init_params(jax.random.key(seed)))
+    leaves, tree = jax.tree.flatten(params["backbone"])
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return {"backbone": jax.tree.unflatten(tree, leaves), "softmask": params["softmask"]}
+
+
+def make_batch(batch=B, length=L, vocab=V, seed=0, valid=None):
+    """Tokens without the mask id; `valid` rows, all by default."""
+    tokens = np.random.default_rng(seed).integers(0, vocab - 1, (batch, length)).astype(np.int32)
+    return {"tokens": jnp.asarray(tokens), "valid": jnp.ones(batch, bool) if valid is None else jnp.asarray(valid)}
+
+
+def make_training(objective, *, steps=100, accumulate=1, seed=0, mesh=None, **optimizer):
+    """(jitted train step, function that makes a fresh state) of an objective; keywords are OptimizerConfig's."""
+    config = OptimizerConfig(**{"warmup": 0, "lr": 1e-2, **optimizer})
+    mesh = MeshConfig().make() if mesh is None else mesh
+    transform = make_optimizer(config, steps)
+    boxed = jax.eval_shape(objective.denoiser.init_params, jax.random.key(0))
+    abstract = jax.eval_shape(lambda p: init_state(p, transform), nn.meta.unbox(boxed))
+    shardings = state_shardings(mesh, abstract, param_shardings(mesh, boxed))
+    step = make_train_step(
+        objective,
+        transform,
+        ema_decay=config.ema_decay,
+        accumulate=accumulate,
+        seed=seed,
+        mesh=mesh,
+        shardings=shardings,
+    )
+
+    def fresh(seed=0):
+        return jax.device_put(init_state(make_params(objective.denoiser, seed), transform), shardings)
+
+    return step, fresh
+
+
+def assert_close(got, wanted, rtol=1e-5, atol=1e-6):
+    """Two pytrees of the same structure, leaf by leaf."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        message = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=rtol, atol=atol, err_msg=message)
+
+
+def assert_identical(got, wanted):
+    """Two pytrees, bit for bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes(), jax.tree_util.keystr(path)
+
+
+def same(a, b):
+    """Whether two pytrees of the same structure are bit for bit equal."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
