@@ -12,7 +12,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = dict(width=128, depth=4, heads=4, cond=32, dropout=0.0, remat="light", vocab_multiple=1)
-    config.data = dict(source="stdlib:docstrings", tokenizer="bytes", seq_len=64, batch_size=64)
+    config.data = dict(source="stdlib:docstrings", tokenizer="bytes", seq_len=64, batch_size=32)
     config.softmask = dict(p_sm=0.8, k=3, scale=0.12, centre=-2.0, steepness=2.0)
     config.readout = dict(chunk=512)
     config.noise = dict(eps=1e-3)
@@ -20,8 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = dict(
         name="muon", lr=4e-3, muon_lr=0.02, lr_softmask=0.02, warmup=50, decay="linear", final_lr=0.05, ema_decay=0.99
     )
-    config.train = dict(steps=900, log_every=50, save_every=300, seed=0, accumulate=1, update_budget="iso_update")
-    config.sampling = dict(steps=64, top_p=0.9, count=8, seed=0, prompt="", policy="mdlm")
+    config.train = dict(steps=800, log_every=50, save_every=200, seed=0, accumulate=1, update_budget="iso_update")
+    config.sampling = dict(steps=64, temperature=0.8, top_p=0.9, count=8, seed=0, prompt="", policy="mdlm")
     config.eval = dict(blocks=512, batch_size=128)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config

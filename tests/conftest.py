@@ -36,11 +36,10 @@ def make_denoiser(softmask=SOFTMASK, *, vocab=V, **model):
 
 def make_params(denoiser, seed=0, noise=0.4):
     """Parameters with noise on every leaf of the backbone: at the start head and adaLN are zero and hide mistakes."""
-    params = nn.meta.unbox(denoiser.init_params(jax.random.key(seed)))
-    leaves, tree = jax.tree.flatten(params["backbone"])
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return {"backbone": jax.tree.unflatten(tree, leaves), "softmask": params["softmask"]}
+    params = nn.meta.unbox(jax.jit(denoiser.init_params)(jax.random.key(seed)))
+    rng = np.random.default_rng(seed + 1)
+    noisy = lambda x: x + jnp.asarray(noise * rng.normal(size=x.shape), jnp.float32)
+    return {"backbone": jax.tree.map(noisy, params["backbone"]), "softmask": params["softmask"]}
 
 
 def make_batch(batch=B, length=L, vocab=V, seed=0, valid=None):
