@@ -29,7 +29,13 @@ def get_config() -> ml_collections.ConfigDict:
         name="adamw", lr=3e-4, lr_softmask=1e-2, warmup=2500, decay="constant", clip=1.0, ema_decay=0.9999
     )
     config.train = dict(
-        steps=1_000_000, log_every=100, save_every=5000, eval_every=5000, keep=3, seed=0, accumulate=1,
+        steps=1_000_000,
+        log_every=100,
+        save_every=5000,
+        eval_every=5000,
+        keep=3,
+        seed=0,
+        accumulate=1,
         update_budget="iso_update",
     )
     config.sampling = dict(steps=1024, top_p=0.9, top_p_rule="reference", count=16, seed=0, prompt="", policy="mdlm")

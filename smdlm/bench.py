@@ -95,7 +95,10 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     )
     train = {"train_binary_ms": make(0.0), "train_sm_ms": make(1.0)}
     shape = (size.batch, size.length)
-    batch = {"tokens": jax.random.randint(jax.random.key(1), shape, 0, size.vocab - 1), "valid": jnp.ones(shape[0], bool)}
+    batch = {
+        "tokens": jax.random.randint(jax.random.key(1), shape, 0, size.vocab - 1),
+        "valid": jnp.ones(shape[0], bool),
+    }
     times: dict[str, list[float]] = {n: [] for n in (*train, "forward_ms", "sampler_step_ms")}
     for repeat in range(-1, repeats):  # the first round compiles
         for label, step in train.items():

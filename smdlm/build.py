@@ -171,9 +171,7 @@ def _construct(section: str, cls: type, values: dict[str, Any]) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"config.{section}: got unknown field {', '.join(unknown)}, wanted one of {', '.join(fields)}")
-    missing = sorted(
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values
-    )
+    missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
     if missing:
         raise ValueError(f"config.{section}: got no {', '.join(missing)}, wanted a value for each")
     for name, value in values.items():

@@ -74,4 +74,3 @@ class Denoiser:
     def omega(self, params: Any) -> dict[str, jax.Array]:
         """Readable gate values (omega_s, omega_a, omega_b), empty without soft-masking."""
         return self.softmask.gate.values(params["softmask"]) if self.softmask else {}
-

@@ -50,7 +50,9 @@ class TimeSampler:
         if self.kind not in ("iid", "stratified", "weyl"):
             raise ValueError(f"time sampling: got {self.kind!r}, wanted 'iid', 'stratified' or 'weyl'")
         if not 0 < self.t_min < self.t_max <= 1:
-            raise ValueError(f"t range: got [{self.t_min}, {self.t_max}], wanted 0 < t_min < t_max <= 1 (weight is 1/t)")
+            raise ValueError(
+                f"t range: got [{self.t_min}, {self.t_max}], wanted 0 < t_min < t_max <= 1 (weight is 1/t)"
+            )
 
     def __call__(self, key: jax.Array, batch: int) -> jax.Array:
         """[B] f32."""

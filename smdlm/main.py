@@ -1,4 +1,6 @@
-"""Command line: python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample] [--config.x.y=z]
+"""Command line:
+
+    python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample] [--config.x.y=z]
 
 Running the same command again continues an unfinished run and prints the summary of a finished one.
 """
@@ -208,7 +210,9 @@ def main(_: Sequence[str]) -> None:
             _print_summary(summary, workdir)
             return
     elif checkpointer.latest_step() is None:
-        raise FileNotFoundError(f"{MODE.value}: got no checkpoint in {directory}, wanted a trained run: --mode=train first")
+        raise FileNotFoundError(
+            f"{MODE.value}: got no checkpoint in {directory}, wanted a trained run: --mode=train first"
+        )
     experiment = build(config, workdir)
     if MODE.value == "train":
         tokenizer = experiment.data.tokenizer
@@ -222,7 +226,9 @@ def main(_: Sequence[str]) -> None:
         params, step = _restore_ema(experiment, checkpointer)
         print(f"checkpoint of step {step} in {directory}, EMA weights")
         if MODE.value == "eval":
-            _print_estimates({n: vars(e) | {"perplexity": e.perplexity} for n, e in evaluate(experiment, params).items()})
+            _print_estimates(
+                {n: vars(e) | {"perplexity": e.perplexity} for n, e in evaluate(experiment, params).items()}
+            )
         else:
             texts, forwards = sample(experiment, params)
             writer = Writer(workdir, total_steps=step)

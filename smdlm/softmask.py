@@ -1,6 +1,6 @@
 """The soft-mask operator: what a position that stays masked remembers, and how it is fed back.
 
-For a masked position whose previous prediction was the distribution p over the vocabulary (paper, eq. for x and lambda):
+For a masked position whose previous prediction was the distribution p over the vocabulary (paper, x and lambda):
 
     x = (1 - lam) [MASK] + lam * sum_{i in top-k(p)} pi_i v_i,   pi_i = p_i / sum_{top-k} p_j
     lam = w_s * sigmoid(w_a * (-H(p) - w_b)),                     H in nats
@@ -98,7 +98,7 @@ def top_k(x: jax.Array, k: int, block: int = 128) -> tuple[jax.Array, jax.Array]
 
 
 def summarize(log_probs: jax.Array, active: jax.Array, k: int) -> Feedback:
-    """Feedback of dense log-probabilities [B, L, V]. The reference form of `Readout.feedback`; needs them in memory."""
+    """Feedback of dense log-probabilities [B, L, V]: plain form of `Readout.feedback`, which needs none."""
     chex.assert_rank([log_probs, active], [3, 2])
     values, ids = top_k(log_probs, k)
     return Feedback(ids.astype(jnp.int32), jnp.exp(values), neg_entropy(log_probs), active)
@@ -112,7 +112,7 @@ def _inverse_softplus(x: float) -> float:
 
 
 class Gate(Protocol):
-    """lam in (0, 1) from the feedback's negative entropy. `init` gives its raw parameters, `values` the readable ones."""
+    """lam in (0, 1) from the feedback's negative entropy. `init` gives its parameters, `values` readable ones."""
 
     def init(self) -> Params: ...
 
@@ -210,7 +210,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class NormLerp:
-    """Lerp rescaled to the interpolated norm: mask and token embeddings are far from parallel, so lerp alone shrinks."""
+    """Lerp rescaled to the interpolated norm: the two are far from parallel, so lerp alone shrinks."""
 
     def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array:
         mixed = Lerp()(mask, candidate, lam)
@@ -287,7 +287,7 @@ class SoftMask:
 
 @dataclasses.dataclass(frozen=True)
 class FullSoftMask(SoftMask):
-    """k = |V| with a learned temperature (the reference's `mixinputs_with_temp`): candidate = softmax(log p / T) @ table.
+    """k = |V| and learned temperature ( reference's `mixinputs_with_temp`): candidate = softmax(log p / T) @ table.
 
     The gate sees the entropy at the same temperature. Needs `feedback.hidden`; the distribution is recomputed from it
     and the (gradient-stopped) head in chunks of positions under remat, so [B, L, V] never exists here either.

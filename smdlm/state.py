@@ -13,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step [] i32 (updates done), params and ema ({'backbone', 'softmask'}), opt_state. No key: noise is f(seed, step)."""
+    """step [] i32 (updates done), params and ema ({'backbone', 'softmask'}), opt_state. Noise is f(seed, step)."""
 
     step: jax.Array
     params: Any
@@ -125,7 +125,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         ),
         optax.scale_by_learning_rate(config.rate(config.lr_softmask, steps)),
     )
-    labels = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}
+    labels = lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.partition({"backbone": backbone, "softmask": softmask}, labels),

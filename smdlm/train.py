@@ -170,9 +170,10 @@ def run(
         count = len(pending)
         pending.clear()
         if not np.isfinite(values["train/loss"]):
+            checkpointer.wait()
             raise NonFiniteLoss(
-                f"training: got loss {values['train/loss']} between steps {step - count + 1} and {step}, wanted a finite "
-                f"number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
+                f"training: got loss {values['train/loss']} between steps {step - count + 1} and {step}, wanted a "
+                f"finite number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
                 f"{checkpointer.latest_step()}"
             )
         now = time.perf_counter()

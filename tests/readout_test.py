@@ -103,7 +103,9 @@ def test_nll_and_its_gradients_are_the_dense_ones(head, hidden, count, chunk):
 
     inputs = {"head": head, "hidden": hidden}
     assert_close(
-        jitted("nll", chunk)(subs(head), hidden, targets, weights), dense_nll(subs(head), hidden, targets, weights), 1e-4
+        jitted("nll", chunk)(subs(head), hidden, targets, weights),
+        dense_nll(subs(head), hidden, targets, weights),
+        1e-4,
     )
     got = gradient(chunk)(inputs, targets, weights)
     wanted = jax.grad(functools.partial(total, dense_nll))(inputs)

@@ -301,7 +301,9 @@ def test_what_is_remembered(denoiser, params, source):
     np.testing.assert_array_equal(got.active, after.canvas == MASK)
     for got_leaf, wanted_leaf in zip(got.replace(active=None).__dict__.values(), wanted.__dict__.values(), strict=True):
         if got_leaf is not None:
-            np.testing.assert_allclose(np.asarray(got_leaf)[still], np.asarray(wanted_leaf)[still], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                np.asarray(got_leaf)[still], np.asarray(wanted_leaf)[still], rtol=1e-4, atol=1e-6
+            )
     if source == "subs":
         np.testing.assert_array_equal(np.asarray(got.ids)[again, 0], np.asarray(canvas)[again])
         np.testing.assert_array_equal(np.asarray(got.probs)[again], np.tile([1.0, 0, 0], (again.sum(), 1)))
@@ -311,7 +313,7 @@ def test_what_is_remembered(denoiser, params, source):
 
 
 def test_feedback_reaches_the_next_step(denoiser, params):
-    """Same uniforms, with and without feedback: the first step agrees (nothing is remembered yet), later ones do not."""
+    """Same uniforms with and without feedback: the first step agrees (nothing is remembered yet), later ones differ."""
     with_feedback, without = make_sampler(denoiser), make_sampler(denoiser, use_feedback=False)
     key = jax.random.key(0)
     _, one = python_loop(with_feedback, params, key, BLANK, linear_times(T))

@@ -258,9 +258,7 @@ def test_scale_to_zero_is_the_binary_mask(scene, mixer):
     )
     if isinstance(mixer, Lerp):
         softmask = SoftMask(gate=ConstantGate(0.0), mixer=mixer)
-        np.testing.assert_array_equal(
-            softmask(softmask.init(), table, head, tokens, feedback, MASK), table[tokens]
-        )
+        np.testing.assert_array_equal(softmask(softmask.init(), table, head, tokens, feedback, MASK), table[tokens])
 
 
 def test_lambda_one_and_k_one_is_the_best_token(scene):
@@ -322,7 +320,9 @@ def test_full_variant_uses_its_temperature(scene):
     q = np.exp(2 * np.asarray(log_probs, np.float64))
     q /= q.sum(-1, keepdims=True)
     np.testing.assert_allclose(candidate, q @ np.asarray(table, np.float64), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(entropy, np.where(q > 0, q * np.log(np.maximum(q, 1e-300)), 0).sum(-1), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        entropy, np.where(q > 0, q * np.log(np.maximum(q, 1e-300)), 0).sum(-1), rtol=1e-3, atol=1e-5
+    )
     cold = FullSoftMask(gate=GATE, temperature=1e-3)
     candidate, entropy = cold.candidate(cold.init(), table, head, full_feedback(cold, scene))
     np.testing.assert_allclose(candidate, table[log_probs.argmax(-1)], atol=1e-2)

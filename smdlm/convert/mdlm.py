@@ -113,9 +113,9 @@ def from_tree(tree: Mapping[str, Any], config: DiTConfig) -> dict[str, np.ndarra
 
 
 def rotary_frequencies(head_width: int) -> np.ndarray:
-    """The reference's buffer inv_freq [head_width / 2], f32 as torch computes it."""
+    """The reference's buffer inv_freq [head_width / 2]; rounded where torch's f32 arithmetic rounds."""
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    return np.float32(1) / np.power(np.float32(10000), exponents)
+    return np.float32(1) / np.power(10000.0, exponents.astype(np.float64)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- import
@@ -190,9 +190,8 @@ def import_source(
         problems.append("  ema: got none in the file, wanted it because of --weights=ema")
     if problems:
         raise ConversionError(
-            f"{source.name}: got weights that are not those of this {kind} model "
-            f"({describe(config)}): {len(problems)} differences. Use the checkpoint's own sizes and KIND\n"
-            + "\n".join(problems)
+            f"{source.name}: got weights with {len(problems)} differences, wanted those of an {kind} model of "
+            f"{describe(config)}: use the checkpoint's own KIND, sizes and config\n" + "\n".join(problems)
         )
 
     fresh = {} if softmask is None else {k: np.asarray(v, np.float32) for k, v in softmask.init().items()}

@@ -1,0 +1,117 @@
+"""The command line end to end, as a user meets it: train, rerun, eval, sample, kill -9, bad fields."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+    "val_bits_per_byte_one_pass", "val_bits_per_byte_two_pass", "tokens_per_s", "omega_s", "omega_a", "omega_b",
+    "steps", "wall_s",
+}  # fmt: skip
+
+
+def command(workdir, *extra):
+    corpus = workdir.parent / "corpus"
+    if not corpus.exists():
+        corpus.mkdir()
+        for i in range(12):
+            (corpus / f"{i}.txt").write_text(f"Document {i} says hello, and then {i * i} more things. " * 8)
+    small = "model.width=16 model.depth=2 model.heads=2 model.cond=8 data.seq_len=16 data.batch_size=8 eval.blocks=8"
+    small += " eval.batch_size=4 sampling.steps=4 sampling.count=2 train.steps=40 train.log_every=2 train.save_every=4"
+    flags = [f"--config.{pair}" for pair in small.split()]
+    return [
+        sys.executable, "-m", "smdlm.main", "--config=configs/tiny.py", f"--workdir={workdir}",
+        f"--config.data.source=text:{corpus}/*.txt", *flags, *extra,
+    ]  # fmt: skip
+
+
+def call(workdir, *extra):
+    return subprocess.run(command(workdir, *extra), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def curve(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"], row["train/omega_s"]) for row in rows if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("main") / "run"
+    done = call(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    workdir, stdout = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert KEYS <= set(summary) and summary["steps"] == 40
+    assert all(isinstance(summary[key], float | int) for key in KEYS)
+    assert "two passes (feedback)" in stdout and "--- sample 1" in stdout
+    for name in ("loss.png", "omega.png", "samples/step_00000040.txt", "checkpoints/40/manifest.json"):
+        assert (workdir / name).stat().st_size > 0
+
+
+def test_the_same_command_again_prints_the_summary(finished):
+    workdir, stdout = finished
+    begin = time.time()
+    again = call(workdir)
+    assert "holds a finished run" in again.stdout and stdout[stdout.index("--- sample 1") :] in again.stdout
+    assert (workdir / "summary.json").stat().st_mtime < begin
+
+
+def test_eval_and_sample(finished):
+    workdir, stdout = finished
+    row = next(line for line in stdout.splitlines() if line.startswith("two passes"))
+    assert row in call(workdir, "--mode=eval").stdout, "another number for the same weights and masks"
+    sampled = call(workdir, "--mode=sample", "--config.sampling.prompt=Doc").stdout
+    assert sampled.split("--- sample 1")[1].split("\n")[1].startswith("Doc")
+
+
+def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    (tmp_path / "corpus").symlink_to(finished[0].parent / "corpus")
+    process = subprocess.Popen(command(workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        if any(p.name.isdigit() and 8 <= int(p.name) for p in workdir.glob("checkpoints/*")):
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "summary.json").exists(), "the run was over before it could be killed"
+    done = call(workdir)
+    assert done.returncode == 0, done.stderr
+    assert curve(workdir) == curve(finished[0])
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.train.stepz=3", "stepz"),
+        ("--config.train.steps=many", "many"),
+        ("--config.sampling.top_p=1.5", "got 1.5"),
+        ("--config.data.source=text:/nowhere/*.txt", "/nowhere"),
+        ("--config.data.seq_len=1000000", "1000000"),
+        ("--mode=evaluate", "evaluate"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flag, message):
+    done = call(tmp_path / "run", flag)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_model_lists_every_leaf(finished):
+    workdir, _ = finished
+    done = call(workdir, "--config.model.width=24", "--config.train.steps=44")
+    assert done.returncode == 2 and "params/backbone/embed: got float32[258,16], wanted float32[258,24]" in done.stderr
