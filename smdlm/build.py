@@ -28,14 +28,21 @@ from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_s
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
 from smdlm.sampling.loop import ARSampler, Sampler
-from smdlm.sampling.policies import Ancestral
+from smdlm.sampling.policies import Ancestral, Cap, Confidence, ForwardBackward, Loop, Rescale
 from smdlm.softmask import ConstantGate, EntropyGate, FullSoftMask, Lerp, NormLerp, Slerp, SoftMask
 from smdlm.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from smdlm.train import TrainConfig, make_train_step
 
 GATES = {"entropy": EntropyGate, "constant": ConstantGate}
 MIXERS = {"lerp": Lerp, "slerp": Slerp, "norm_lerp": NormLerp}
-POLICIES = {"mdlm": Ancestral}
+POLICIES = {
+    "mdlm": Ancestral,
+    "remdm_cap": Cap,
+    "remdm_rescale": Rescale,
+    "remdm_conf": Confidence,
+    "remdm_loop": Loop,
+    "forward_backward": ForwardBackward,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class SamplingConfig:
     """config.sampling; the first fields are those of `Sampler` and `Filters`.
 
     Attributes:
-      policy: 'mdlm'.
+      policy: one of POLICIES, with its own defaults.
       count: samples written. prompt: text at the start of each, '' for none.
     """
 

@@ -140,17 +140,18 @@ class EntropyGate:
     def __post_init__(self):
         if not 0 <= self.scale <= 1:
             raise ValueError(f"softmask scale: got {self.scale}, wanted 0 <= scale <= 1")
-        if not self.centre < -1e-6:
+        if not self.centre < 0:
             raise ValueError(f"softmask centre: got {self.centre}, wanted < 0 (it is compared with -entropy, in nats)")
-        if not self.steepness > 1e-6:
+        if not self.steepness > 0:
             raise ValueError(f"softmask steepness: got {self.steepness}, wanted > 0")
 
     def init(self) -> Params:
         scale = min(max(self.scale, 1e-6), 1 - 1e-6)
         return {
             "raw_scale": jnp.float32(math.log(scale / (1 - scale))),
-            "raw_centre": jnp.float32(_inverse_softplus(-self.centre - 1e-6)),
-            "raw_steepness": jnp.float32(_inverse_softplus(self.steepness - 1e-6)),
+            # Without the 1e-6 that `values` adds, as in the reference: its start is -0.750001, not -0.75.
+            "raw_centre": jnp.float32(_inverse_softplus(-self.centre)),
+            "raw_steepness": jnp.float32(_inverse_softplus(self.steepness)),
         }
 
     def __call__(self, omega: Params, neg_entropy: jax.Array) -> jax.Array:
@@ -299,12 +300,11 @@ class FullSoftMask(SoftMask):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.temperature > 1e-6:
+        if not self.temperature > 0:
             raise ValueError(f"softmask temperature: got {self.temperature}, wanted > 0")
 
     def init(self) -> Params:
-        raw = _inverse_softplus(self.temperature - 1e-6)
-        return {**self.gate.init(), "raw_temperature": jnp.float32(raw)}
+        return {**self.gate.init(), "raw_temperature": jnp.float32(_inverse_softplus(self.temperature))}
 
     def attach(self, feedback: Feedback, hidden: jax.Array) -> Feedback:
         return feedback.replace(hidden=hidden)

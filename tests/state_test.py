@@ -42,7 +42,9 @@ def walk(optimizer, params, coins, grads=gradients):
 
 def moments(opt_state):
     """mu, nu and count of omega's Adam, whatever optax wraps them in."""
-    leaves = jax.tree_util.tree_leaves_with_path(opt_state.inner_states["softmask"] if hasattr(opt_state, "inner_states") else opt_state)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        opt_state.inner_states["softmask"] if hasattr(opt_state, "inner_states") else opt_state
+    )
     return {jax.tree_util.keystr(k): x for k, x in leaves if "mu" in str(k) or "nu" in str(k)}
 
 
@@ -101,9 +103,11 @@ def test_rate(decay, warmup):
     n = np.arange(51)
     done = np.clip((n - warmup) / (50 - warmup), 0, 1)
     left = {"constant": np.ones(51), "cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done}[decay]
-    wanted = 2.0 * (np.minimum(1, n / warmup) if warmup else 1.0)
+    wanted = 2.0 * (np.minimum(1, n / warmup) if warmup else np.ones(51))
     wanted = wanted * (0.1 + 0.9 * left if decay != "constant" else 1)
-    np.testing.assert_allclose([float(rate(i)) for i in (*range(0, 51, 5), 11)], wanted[[*range(0, 51, 5), 11]], rtol=1e-5)
+    np.testing.assert_allclose(
+        [float(rate(i)) for i in (*range(0, 51, 5), 11)], wanted[[*range(0, 51, 5), 11]], rtol=1e-5
+    )
 
 
 def test_clipping_is_over_all_gradients(params):
@@ -118,7 +122,9 @@ def test_clipping_is_over_all_gradients(params):
     mu = [x for k, x in jax.tree_util.tree_leaves_with_path(state) if ".mu" in jax.tree_util.keystr(k)]
     np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-3)  # (1 - b1) * clipped gradient
     embed = next(
-        x for k, x in jax.tree_util.tree_leaves_with_path(state) if ".mu" in str(jax.tree_util.keystr(k)) and "embed" in str(k)
+        x
+        for k, x in jax.tree_util.tree_leaves_with_path(state)
+        if ".mu" in str(jax.tree_util.keystr(k)) and "embed" in str(k)
     )
     np.testing.assert_allclose(embed, 0.1 * gradients(params)["backbone"]["embed"] * 0.5 / norm, rtol=1e-3)
 
