@@ -7,6 +7,7 @@ Running the same command again continues an unfinished run and prints the summar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -218,6 +219,7 @@ def main(_: Sequence[str]) -> None:
         tokenizer = experiment.data.tokenizer
         meta = {
             "config": json.loads(CONFIG.value.to_json_best_effort()),
+            "model": dataclasses.asdict(experiment.denoiser.model.config),
             "tokenizer": tokenizer.fingerprint,
             "content_hash": experiment.data.content_hash,
         }

@@ -157,10 +157,12 @@ def test_muon_orthogonalises_the_matrices_of_the_blocks(params):
     matrices += [layer[:, i].reshape(width, width) for layer in blocks["qkv"]["kernel"] for i in range(3)]
     for matrix in matrices:
         values = np.linalg.svd(matrix, compute_uv=False)
-        assert values.max() < 2.5 * np.median(values) and values.max() > 1e-3  # a raw Gaussian gradient: no lower bound
-        assert np.median(values) > 0.6 * values.max()
+        assert values[0] < 1.6 * np.median(values)  # 2 and more for the Gaussian gradients that came in
+    raw = np.linalg.svd(np.asarray(gradients(params)["backbone"]["blocks"]["mlp_in"]["kernel"][0]), compute_uv=False)
+    assert raw[0] > 1.4 * np.median(raw)
+    # AdamW's first update has one size everywhere: (1 + b1 / (1 + b1)) lr, since optax gives Muon's companion Nesterov.
     for leaf in (blocks["adaln"]["kernel"], moved["embed"], moved["head"]["kernel"], blocks["mlp_in"]["bias"]):
-        np.testing.assert_allclose(np.abs(leaf), 1e-3, rtol=0.05)
+        np.testing.assert_allclose(np.abs(leaf), 1e-3 * (1 + 0.9 / 1.9), rtol=0.05)
 
 
 # EMA and state
