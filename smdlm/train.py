@@ -171,6 +171,7 @@ def run(
         pending.clear()
         if not np.isfinite(values["train/loss"]):
             checkpointer.wait()
+            stop.restore()
             raise NonFiniteLoss(
                 f"training: got loss {values['train/loss']} between steps {step - count + 1} and {step}, wanted a "
                 f"finite number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "

@@ -4,8 +4,6 @@ import os
 
 # Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time of the tests is XLA compiling tiny programs: fewer passes halve it. main_test.py runs without.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import flax.linen as nn
 import jax

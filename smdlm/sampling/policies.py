@@ -64,7 +64,7 @@ class Ancestral:
 
 @dataclasses.dataclass(frozen=True)
 class _ReMDM:
-    """ReMDM: a committed token is masked again with probability sigma, a masked one committed with the rest of the mass.
+    """ReMDM: a committed token is masked again with chance sigma, a masked one committed with the rest of the mass.
 
     With a = 1 - t, the chance to be visible: commit (a_s - (1 - sigma) a_t) / (1 - a_t), so that the share of visible
     tokens follows the schedule whatever sigma. sigma_max = min(1, (1 - a_s) / a_t) keeps that mass non-negative.
