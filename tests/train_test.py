@@ -404,7 +404,7 @@ def test_eight_devices_give_the_curve_of_one():
     """Virtual CPU devices: shows that sharding changes neither noise nor sums beyond rounding. It proves nothing about
     several processes, nor about speed, nor about the collectives of a real interconnect."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", DEVICES, str(ROOT / "tests")], env=environment, capture_output=True, text=True
     )
