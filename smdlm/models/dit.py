@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from smdlm.models.layers import Head, KVCache, LayerNorm, Linear, attention, logical, rotary, uniform_fan_in
+from smdlm.models.layers import Dropout, Head, KVCache, LayerNorm, Linear, attention, logical, rotary, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,37 +77,36 @@ class Block(nn.Module):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         width, head_width = cfg.width, cfg.width // cfg.heads
         if cfg.causal:
-            modulate = gate = lambda h, *_: h
-            shifts = [None] * 6
+            shift1 = scale1 = shift2 = scale2 = 0.0
+            gate1 = gate2 = 1.0
         else:
-            # Chunks in the reference's order: shift, scale, gate of attention, then of the MLP. Zero at the start.
+            # Chunks in the reference's order. Zero at the start.
             adaln = Linear((6, width), ("cond", None, "embed"), dtype, zero=True, name="adaln")(cond)
-            shifts = [adaln[:, None, i] for i in range(6)]
-            modulate = lambda h, shift, scale: h * (1 + scale) + shift
-            gate = lambda h, g: g * h
-        drop = nn.Dropout(cfg.dropout, deterministic=self.deterministic)
+            shift1, scale1, gate1, shift2, scale2, gate2 = (adaln[:, None, i] for i in range(6))
+        drop = (lambda h: h) if self.deterministic else Dropout(cfg.dropout)
 
-        h = modulate(LayerNorm(dtype, name="norm1")(x), shifts[0], shifts[1])
+        h = LayerNorm(dtype, name="norm1")(x, shift1, scale1)
         names = ("embed", None, "heads", "head")
         qkv = Linear((3, cfg.heads, head_width), names, dtype, bias=False, name="qkv")(h)
         # `split`, not indexing: its transpose is one concatenation, that of three slices is three padded sums.
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
-        query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             key, value = cache.keys, cache.values
-        h = checkpoint_name(attention(query, key, value, mask), "attention")
+        h = attention(query, key, value, mask)
         names = ("heads", "head", "embed")
         h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
-        x = checkpoint_name(x + gate(drop(h), shifts[2]), "residual")
+        h = checkpoint_name(h, "branch")
+        x = checkpoint_name(x + gate1 * drop(h), "residual")
 
-        h = modulate(LayerNorm(dtype, name="norm2")(x), shifts[3], shifts[4])
+        h = LayerNorm(dtype, name="norm2")(x, shift2, scale2)
         h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
         h = checkpoint_name(h, "mlp_in")
         h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(jax.nn.gelu(h, approximate=True))
-        return x + gate(drop(h), shifts[5]), cache
+        h = checkpoint_name(h, "branch")
+        return x + gate2 * drop(h), cache
 
 
 class DiT(nn.Module):
@@ -151,7 +150,7 @@ class DiT(nn.Module):
         if cfg.remat == "block":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
         elif cfg.remat == "light":
-            saved = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "mlp_in")
+            saved = jax.checkpoint_policies.save_only_these_names("attention", "branch", "residual", "mlp_in", "dropout")
             block = nn.remat(Block, prevent_cse=False, policy=saved)
         scan = nn.scan(
             block,
@@ -215,11 +214,11 @@ class Final(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
-        x = LayerNorm(dtype, name="norm")(x)
+        norm = LayerNorm(dtype, name="norm")
         if cond is None:
-            return x
+            return norm(x)
         adaln = Linear((2, self.config.width), ("cond", None, "embed"), dtype, zero=True, name="adaln")(cond)
-        return x * (1 + adaln[:, None, 1]) + adaln[:, None, 0]
+        return norm(x, shift=adaln[:, None, 0], scale=adaln[:, None, 1])
 
 
 class HeadParams(nn.Module):
