@@ -12,7 +12,7 @@ from conftest import V, assert_close, make_denoiser, make_params
 
 from smdlm.denoiser import Denoiser
 from smdlm.models.dit import DiT, DiTConfig
-from smdlm.models.layers import rotary
+from smdlm.models.layers import Dropout, attention, rotary
 
 B, L = 2, 6
 
@@ -296,3 +296,37 @@ def test_rotary_angles_are_f32_for_bf16_inputs():
 def test_fields_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
         DiTConfig(**{"vocab_size": V, "width": 16, "heads": 2, **wrong})
+
+
+# Blocks
+
+
+def test_dropout_keeps_the_mean_and_has_no_visible_correlation():
+    """Counts and neighbours (keys, rows, columns, also at distances that are powers of two) within 4.5 deviations."""
+    layer = Dropout(0.1)
+    draw = jax.jit(lambda key: layer.apply({}, jnp.ones((4, 64, 96)), rngs={"dropout": key}))
+    out = np.stack([np.asarray(draw(jax.random.fold_in(jax.random.key(0), i))) for i in range(40)])
+    assert set(np.unique(out).round(6)) == {0.0, np.float32(1 / 0.9).round(6)}
+    noise = (out > 0) - 0.9
+    assert abs(noise.sum()) < 4.5 * np.sqrt(noise.size * 0.09)
+    pairs = {f"axis {a}": (np.delete(noise, 0, a), np.delete(noise, -1, a)) for a in range(4)}
+    for distance in (2, 4, 8, 16, 32):
+        pairs |= {f"rows {distance}": (noise[:, :, distance:], noise[:, :, :-distance])}
+        pairs |= {f"columns {distance}": (noise[..., distance:], noise[..., :-distance])}
+    for name, (a, b) in pairs.items():
+        assert abs((a * b).sum()) < 4.5 * 0.09 * np.sqrt(a.size), name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.03)])
+def test_attention_equals_the_librarys(dtype, tolerance, causal):
+    """Values and gradients; M > L as with a cache."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, d_out = (jax.random.normal(k, (2, 6, 4, 8), dtype) for k in keys[:2])
+    key, value = (jax.random.normal(k, (2, 9, 4, 8), dtype) for k in keys[2:])
+    mask = jnp.arange(9) <= 3 + jnp.arange(6)[:, None] if causal else None
+    library = lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=None if mask is None else mask[None, None])
+    got, got_vjp = jax.vjp(lambda *qkv: attention(*qkv, mask), query, key, value)
+    wanted, wanted_vjp = jax.vjp(library, query, key, value)
+    assert got.dtype == wanted.dtype
+    assert_close((got, got_vjp(d_out)), (wanted, wanted_vjp(d_out)), rtol=tolerance, atol=tolerance)

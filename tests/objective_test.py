@@ -130,7 +130,7 @@ def test_without_soft_masking_it_is_the_mdlm_loss():
     example = objective.corrupt(KEY, make_batch(valid=[True, False, True, True]))
     fn = jax.jit(jax.value_and_grad(lambda p: objective(p, example, jnp.bool_(False), None)[0]))
     wanted = jax.jit(jax.value_and_grad(lambda p: dense_loss(denoiser, p, example)))(params)
-    assert_close(fn(params), wanted, rtol=1e-3, atol=1e-5)
+    assert_close(fn(params), wanted, rtol=1e-3, atol=3e-5)  # weights 1/t reach hundreds
 
 
 def test_two_passes_are_algorithm_1(denoiser, params, example, loss_and_grads):
@@ -142,7 +142,7 @@ def test_two_passes_are_algorithm_1(denoiser, params, example, loss_and_grads):
         return jax.value_and_grad(lambda p: dense_loss(denoiser, p, example, feedback))(params)
 
     (loss, nll), grads = loss_and_grads(params, example, True)
-    assert_close((loss, grads), by_hand(params), rtol=1e-3, atol=1e-5)
+    assert_close((loss, grads), by_hand(params), rtol=1e-3, atol=3e-5)
     assert all(abs(float(g)) > 1e-6 for g in grads["softmask"].values())
     np.testing.assert_allclose(np.sum(nll * example.weights), loss, rtol=1e-5)
 
@@ -151,7 +151,7 @@ def test_without_the_coin_it_is_the_mdlm_loss(denoiser, params, example, loss_an
     """Bit for bit the binary embedding: same loss, and omega gets exactly nothing."""
     (loss, _), grads = loss_and_grads(params, example, False)
     wanted = jax.jit(jax.value_and_grad(lambda p: dense_loss(denoiser, p, example)))(params)
-    assert_close((loss, grads), wanted, rtol=1e-3, atol=1e-5)
+    assert_close((loss, grads), wanted, rtol=1e-3, atol=3e-5)
     assert all(float(g) == 0 for g in grads["softmask"].values())
     (other, _), _ = loss_and_grads(params, example, True)
     assert abs(float(loss) - float(other)) > 1e-3  # the gate of these tests is open: feedback matters
@@ -186,7 +186,7 @@ def test_full_variant_learns_its_temperature(params, example):
         return got, jax.value_and_grad(lambda p: dense_loss(denoiser, p, example, feedback))(params)
 
     got, wanted = both(params)
-    assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    assert_close(got, wanted, rtol=1e-3, atol=3e-5)
     assert abs(float(got[1]["softmask"]["raw_temperature"])) > 1e-5
 
 
@@ -195,7 +195,7 @@ def test_losses_of_parts_add_up(objective, params, example, loss_and_grads):
     whole = loss_and_grads(params, example, True)
     one, two = (loss_and_grads(params, part(rows), True) for rows in (slice(0, 2), slice(2, 4)))
     assert_close(whole[0][0], one[0][0] + two[0][0], rtol=1e-4)
-    assert_close(whole[1], jax.tree.map(jnp.add, one[1], two[1]), rtol=1e-3, atol=1e-5)
+    assert_close(whole[1], jax.tree.map(jnp.add, one[1], two[1]), rtol=1e-3, atol=3e-5)
 
 
 def test_rows_that_are_not_valid_do_not_count(objective, params, loss_and_grads):

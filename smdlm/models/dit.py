@@ -99,7 +99,7 @@ class Block(nn.Module):
         names = ("heads", "head", "embed")
         h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")
-        x = checkpoint_name(x + gate1 * drop(h), "residual")
+        x = x + gate1 * drop(h)
 
         h = LayerNorm(dtype, name="norm2")(x, shift2, scale2)
         h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
@@ -150,7 +150,7 @@ class DiT(nn.Module):
         if cfg.remat == "block":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
         elif cfg.remat == "light":
-            saved = jax.checkpoint_policies.save_only_these_names("attention", "branch", "residual", "mlp_in", "dropout")
+            saved = jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in")
             block = nn.remat(Block, prevent_cse=False, policy=saved)
         scan = nn.scan(
             block,
