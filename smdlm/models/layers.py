@@ -175,8 +175,9 @@ class LayerNorm(nn.Module):
 
 @jax.custom_vjp
 def _cpu_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w whose backward pass multiplies by a transposed copy of w: almost twice as fast as by w in place."""
-    return x @ w
+    """x @ w for CPUs: what is before a product is not fused into it, and the backward pass multiplies by a transposed copy
+    of w; both up to three times as fast as what XLA would do."""
+    return jax.lax.optimization_barrier(x) @ w
 
 
 def _cpu_matmul_backward(residuals, g):
@@ -185,7 +186,7 @@ def _cpu_matmul_backward(residuals, g):
     return g @ w_t, x.T @ g
 
 
-_cpu_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _cpu_matmul_backward)
+_cpu_matmul.defvjp(lambda x, w: (_cpu_matmul(x, w), (x, w)), _cpu_matmul_backward)
 
 
 class Linear(nn.Module):
