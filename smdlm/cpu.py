@@ -14,7 +14,8 @@ def keep_memory() -> None:
 
     XLA's CPU backend allocates all temporaries of a step anew, above glibc's mmap threshold, so that every step pays
     the page faults of its whole working set again: measured, 470 ms -> 290 ms for a training step of the tiny model.
-    One arena, because the others are capped at 64 MiB and fall back to mmap. Huge pages: 850 -> 720 ms at (width 192, 6 layers, L 256, B 16).
+    One arena, because the others are capped at 64 MiB and fall back to mmap. Huge pages: 850 -> 720 ms at
+    (width 192, 6 layers, L 256, B 16).
     """
     # Asking jax for its backend would start threads, which keep the memory arenas they were born with.
     accelerators = any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))

@@ -175,8 +175,8 @@ class LayerNorm(nn.Module):
 
 @jax.custom_vjp
 def _cpu_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w for CPUs: what is before a product is not fused into it, and the backward pass multiplies by a transposed copy
-    of w; both up to three times as fast as what XLA would do."""
+    """x @ w for CPUs: what is before a product is not fused into it, and the backward pass multiplies by a transposed
+    copy of w; both up to three times as fast as what XLA would do."""
     return jax.lax.optimization_barrier(x) @ w
 
 
