@@ -21,14 +21,26 @@ from jax.sharding import Mesh
 from smdlm.data.text import DataConfig, TextData, batches, load
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
-from smdlm.evaluate.likelihood import EvalConfig
+from smdlm.evaluate.likelihood import EvalConfig, check_omega
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
 from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_shardings
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
-from smdlm.sampling.loop import ARSampler, Sampler
-from smdlm.sampling.policies import Ancestral, Cap, Confidence, ForwardBackward, Loop, Rescale
+from smdlm.sampling.loop import ARSampler, Sampler, check_fields
+from smdlm.sampling.policies import (
+    Ancestral,
+    Cap,
+    Confidence,
+    Entropy,
+    FirstHitting,
+    ForwardBackward,
+    Loop,
+    Margin,
+    MaxProbability,
+    Policy,
+    Rescale,
+)
 from smdlm.softmask import ConstantGate, EntropyGate, FullSoftMask, Lerp, NormLerp, Slerp, SoftMask
 from smdlm.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from smdlm.train import TrainConfig, make_train_step
@@ -42,6 +54,10 @@ POLICIES = {
     "remdm_conf": Confidence,
     "remdm_loop": Loop,
     "forward_backward": ForwardBackward,
+    "max_prob": MaxProbability,
+    "margin": Margin,
+    "entropy": Entropy,
+    "first_hitting": FirstHitting,
 }
 
 
@@ -80,10 +96,12 @@ class SoftMaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """config.sampling; the first fields are those of `Sampler` and `Filters`.
+    """config.sampling: fields of `Sampler` and `Filters`; the fields of the policy (eta, ...) stand beside them.
 
     Attributes:
-      policy: one of POLICIES, with its own defaults.
+      policy: one of POLICIES. steps: nominal NFE; the causal model always takes data.seq_len - 1.
+      omega: 'ema' samples with the averaged omega, 'live' with the last one beside the averaged backbone, as the
+        reference does (its EMA leaves omega out).
       count: samples written. prompt: text at the start of each, '' for none.
     """
 
@@ -95,6 +113,7 @@ class SamplingConfig:
     use_feedback: bool = True
     feedback_source: str = "subs"
     refresh: str = "always"
+    omega: str = "ema"
     count: int = 8
     prompt: str = ""
     seed: int = 0
@@ -102,6 +121,9 @@ class SamplingConfig:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
+        check_fields(self.steps, self.feedback_source, self.refresh)
+        check_omega("sampling.omega", self.omega)
+        Filters(self.temperature, self.top_p, self.top_p_rule)
 
 
 SECTIONS = {
@@ -140,6 +162,7 @@ class Config:
     sampling: SamplingConfig
     eval: EvalConfig
     mesh: MeshConfig
+    policy: Policy
 
 
 def read(config: ml_collections.ConfigDict) -> Config:
@@ -155,22 +178,45 @@ def read(config: ml_collections.ConfigDict) -> Config:
     if "k" in given["readout"]:
         raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
     given["readout"]["k"] = given["softmask"].get("k", SoftMaskConfig.k)
+    given["sampling"], parameters = _split_policy(given["sampling"])
     sections = {name: _construct(name, cls, given[name]) for name, cls in SECTIONS.items()}
+    sections["policy"] = _construct("sampling", POLICIES[sections["sampling"].policy], parameters)
     model = dict(config.get("model", {}))
     _construct("model", DiTConfig, {"vocab_size": 2, **model})
     softmask, train, data, sampling = (sections[n] for n in ("softmask", "train", "data", "sampling"))
     if not 0 <= softmask.p_sm <= 1:
         raise ValueError(f"softmask.p_sm: got {softmask.p_sm}, wanted 0 <= p_sm <= 1")
     softmask.make()
-    Filters(sampling.temperature, sampling.top_p, sampling.top_p_rule)
-    pick("sampling.policy", sampling.policy, POLICIES)
-    if model.get("causal") and softmask.p_sm:
-        raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+    if model.get("causal"):
+        if softmask.p_sm:
+            raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+        for field in ("policy", "use_feedback", "feedback_source", "refresh"):
+            got, default = getattr(sampling, field), getattr(SamplingConfig, field)
+            if got != default:
+                raise ValueError(
+                    f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {default!r}: it has no such choice"
+                )
     if data.batch_size % train.accumulate:
         raise ValueError(
             f"train.accumulate: got {train.accumulate} for data.batch_size {data.batch_size}, wanted a divisor"
         )
     return Config(model=model, **sections)
+
+
+def _split_policy(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.sampling -> (SamplingConfig's fields, the policy's parameters); one of another policy is refused."""
+    name = values.get("policy", SamplingConfig.policy)
+    if not isinstance(name, str):
+        return values, {}  # refused below, for its type
+    parameters = {key: [f.name for f in dataclasses.fields(cls)] for key, cls in POLICIES.items()}
+    own, common = pick("sampling.policy", name, parameters), [f.name for f in dataclasses.fields(SamplingConfig)]
+    for field in sorted(set(values) - set(own) - set(common)):
+        owners = ", ".join(key for key in parameters if field in parameters[key])
+        raise ValueError(
+            f"config.sampling: got {field}{f' (a field of policy {owners})' if owners else ''} for policy {name!r}, "
+            f"wanted one of {', '.join([*own, *common])}"
+        )
+    return {k: v for k, v in values.items() if k not in own}, {k: v for k, v in values.items() if k in own}
 
 
 def _construct(section: str, cls: type, values: dict[str, Any]) -> Any:
@@ -299,7 +345,7 @@ def make_sampler(config: Config, denoiser: Denoiser, bos_id: int) -> Sampler | A
     return Sampler(
         denoiser=denoiser,
         readout=config.readout,
-        policy=POLICIES[s.policy](),
+        policy=config.policy,
         filters=filters,
         steps=s.steps,
         use_feedback=s.use_feedback and denoiser.softmask is not None,

@@ -25,11 +25,14 @@ from ml_collections import config_flags
 from smdlm import cpu
 from smdlm.build import Experiment, build, read
 from smdlm.checkpoint import CheckpointDamaged, Checkpointer
-from smdlm.evaluate.likelihood import Estimate, likelihood
+from smdlm.evaluate.likelihood import Estimate, likelihood, weights
 from smdlm.train import NonFiniteLoss, run
 from smdlm.writer import Writer
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/tiny.py.", lock_config=True)
+# Any documented field may be given, also one that the file leaves at its default: `read` refuses what it does not know.
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, e.g. configs/tiny.py.", lock_config=False, accept_new_attributes=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")

@@ -605,7 +605,7 @@ def check_masses(stored, policy, replay, times, pattern, probs, canvas, mask_id,
     draw = draw_of(probs, np.argmax(probs, -1).astype(np.int32), canvas, mask_id)
     if conf is None and replay.carry_in:
         conf = stored["conf_in"]
-    carry = replay.carry_in(policy, canvas, conf) if replay.carry_in else policy.init(jnp.asarray(canvas))
+    carry = replay.carry_in(policy, canvas, conf) if replay.carry_in else policy.init(jnp.asarray(canvas == mask_id))
     masked = canvas == mask_id
     commit, remask = chances(policy, jnp.asarray(canvas), jnp.asarray(masked), draw, times, carry)
     for key in keys:
@@ -677,7 +677,7 @@ def predict(run: Sampler, params, carry) -> tuple[jax.Array, jax.Array]:
     """What the next step will use: hidden states [B, L, D], and filtered probabilities [B, L, V padded]."""
     hidden = run.denoiser(params, carry.canvas, carry.feedback)
     if carry.hidden is not None:
-        hidden = jnp.where(carry.changed.any(), hidden, carry.hidden)
+        hidden = jnp.where(carry.changed[:, None, None], hidden, carry.hidden)
     logits = run.denoiser.head(params).logits(hidden)
     return hidden, run.filters.probs(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
 
@@ -703,7 +703,7 @@ def test_trajectory(diffusion, name, tag):
         policy,
         Filters(top_p=value["p_nucleus"], top_p_rule="reference"),
         use_feedback=bool(value["sm"]),
-        refresh="on_change" if value["cache"] else "always",
+        refresh="on_batch_change" if value["cache"] else "always",
     )
     # The reference averages the backbone alone and samples with the live omega.
     averaged = {"backbone": diffusion.ema["backbone"], "softmask": diffusion.params["softmask"]}
@@ -717,8 +717,6 @@ def test_trajectory(diffusion, name, tag):
     carry = run.init(jnp.asarray(stored[f"{tag}__x_in"][0]))
     prompt = jnp.zeros(carry.canvas.shape, bool)
     for i in range(steps):
-        # The reference's cache knows only the whole batch; ours knows rows.
-        carry = carry.replace(changed=jnp.broadcast_to(carry.changed.any(), carry.changed.shape))
         canvas, now = np.asarray(carry.canvas), jax.tree.map(lambda x, i=i: x[i], times)
         forwards.append(bool(carry.changed.any()) or not value["cache"])
         hidden, probs = predict(run, params, carry)

@@ -34,6 +34,7 @@ class EvalConfig:
     draws: (t, mask) draws per block and estimate.
     chain: canvases in the chain of the carried-feedback estimate; 0 leaves it out.
     seed: of masks and times; part of the protocol.
+    omega: 'ema', or 'live': the last omega beside the averaged backbone, as in the reference (its EMA leaves omega out).
     """
 
     blocks: int = 512
@@ -41,6 +42,7 @@ class EvalConfig:
     draws: int = 1
     chain: int = 8
     seed: int = 0
+    omega: str = "ema"
 
     def __post_init__(self):
         for name in ("blocks", "batch_size", "draws"):
@@ -48,6 +50,17 @@ class EvalConfig:
                 raise ValueError(f"eval.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.chain < 0:
             raise ValueError(f"eval.chain: got {self.chain}, wanted 0 (left out) or more forwards")
+        check_omega("eval.omega", self.omega)
+
+
+def check_omega(field: str, value: str) -> None:
+    if value not in ("ema", "live"):
+        raise ValueError(f"{field}: got {value!r}, wanted 'ema' or 'live'")
+
+
+def weights(ema: Any, params: Any, omega: str) -> Any:
+    """The averaged weights with the omega that is asked for."""
+    return ema if omega == "ema" else {**ema, "softmask": params["softmask"]}
 
 
 @dataclasses.dataclass(frozen=True)
