@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from smdlm.checkpoint import Checkpointer
 from smdlm.data.text import DataConfig, TextData, batches, load
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate.likelihood import EvalConfig, check_omega
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_shardings
+from smdlm.partition import MeshConfig, batch_sharding, param_shardings, replicated, state_shardings
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
 from smdlm.sampling.loop import ARSampler, Sampler, check_fields
@@ -194,7 +195,7 @@ def read(config: ml_collections.ConfigDict) -> Config:
             got, default = getattr(sampling, field), getattr(SamplingConfig, field)
             if got != default:
                 raise ValueError(
-                    f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {default!r}: it has no such choice"
+                    f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {default!r}: it has no such thing"
                 )
     if data.batch_size % train.accumulate:
         raise ValueError(
@@ -270,6 +271,48 @@ class Experiment:
     def init_state(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         return jax.jit(self._init, out_shardings=self.shardings())(key)
+
+    def continue_from(self, source: Checkpointer) -> tuple[TrainState, str]:
+        """(fresh state with the raw weights of another run, a line that says what was loaded and where omega is from).
+
+        omega is newly initialised if the checkpoint has none of its own (it is binary, or a conversion made one up),
+        and left out if this model has none. The EMA starts at the loaded weights: the reference builds its EMA before
+        it loads them, from a random start, which the warm-up forgets within a few dozen updates (weight 10! / n^9).
+
+        Raises:
+          CheckpointMismatch: other sizes, every differing leaf listed. ValueError: another vocabulary.
+        """
+        abstract, _ = self.abstract_params()
+        saved, meta = source.shapes("params")
+        made_up = meta.get("convert", {}).get("new", [])
+        omega = saved.get("softmask", {})
+        keep = bool(abstract["softmask"]) and any(f"softmask/{name}" not in made_up for name in omega)
+        if not keep:
+            everywhere = replicated(self.mesh)
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+            abstract = {**abstract, "softmask": jax.tree.map(place, omega)}
+        params, _ = source.restore_params(abstract, "params", meta["step"])
+        self.check_vocabulary(meta)
+        if not keep:
+            params["softmask"] = self.denoiser.softmask.init() if self.denoiser.softmask else {}
+        names = ", ".join(f"softmask/{name}" for name in params["softmask"])
+        origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
+        state = jax.jit(lambda p: init_state(p, self.optimizer), out_shardings=self.shardings())(params)
+        return state, f"starting from step {meta['step']} of {source.directory}, raw weights; omega {origin}"
+
+    def check_vocabulary(self, meta: dict[str, Any]) -> None:
+        """ValueError if a checkpoint's ids mean other tokens: tables of equal padded size hide that."""
+        tokenizer = self.data.tokenizer
+        mine = {"model.vocab_size": self.denoiser.vocab_size, "mask_id": tokenizer.mask_id}
+        theirs = {"model.vocab_size": meta.get("model", {}).get("vocab_size"), "mask_id": meta.get("mask_id")}
+        mine["tokenizer"], theirs["tokenizer"] = tokenizer.fingerprint, meta.get("tokenizer")
+        wrong = [name for name, value in theirs.items() if value not in (None, mine[name])]
+        if wrong:
+            raise ValueError(
+                f"checkpoint: got {', '.join(f'{n} {theirs[n]}' for n in wrong)}, wanted "
+                f"{', '.join(f'{n} {mine[n]}' for n in wrong)} (data.tokenizer {tokenizer.name!r}): "
+                "use the tokenizer it was trained with"
+            )
 
     def train_step(self) -> Callable[..., Any]:
         return make_train_step(

@@ -34,7 +34,7 @@ class EvalConfig:
     draws: (t, mask) draws per block and estimate.
     chain: canvases in the chain of the carried-feedback estimate; 0 leaves it out.
     seed: of masks and times; part of the protocol.
-    omega: 'ema', or 'live': the last omega beside the averaged backbone, as in the reference (its EMA leaves omega out).
+    omega: 'ema', or 'live': the last omega beside the averaged backbone (the reference's EMA leaves omega out).
     """
 
     blocks: int = 512
@@ -65,7 +65,10 @@ def weights(ema: Any, params: Any, omega: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A likelihood over `blocks` blocks with the half-width of its 95 % confidence interval (over blocks)."""
+    """A likelihood over `blocks` blocks with the half-width of its 95 % confidence interval (over blocks).
+
+    weights: what was evaluated.
+    """
 
     nats_per_token: float
     nats_interval: float
@@ -73,6 +76,7 @@ class Estimate:
     bits_interval: float
     tokens: int
     blocks: int
+    weights: str
 
     @property
     def perplexity(self) -> float:
@@ -141,7 +145,7 @@ def likelihood(
 
     Args:
       objective: gives model, schedule and range of t; its p_sm plays no role.
-      params: usually the EMA.
+      params: `weights` of the config's omega.
       batches: {'tokens' [B, L], 'valid' [B]}, once through.
       token_bytes: [V] UTF-8 bytes per token, for bits per byte.
       config: number of draws, chain, seed.
@@ -165,10 +169,11 @@ def likelihood(
     if not sizes:
         raise ValueError("evaluation: got no validation block, wanted at least one")
     size, length = np.concatenate(sizes).astype(np.float64), np.concatenate(lengths).astype(np.float64)
-    return {name: _estimate(np.concatenate(values).astype(np.float64), size, length) for name, values in sums.items()}
+    label = "EMA weights" + (", live omega" if config.omega == "live" else "")
+    return {n: _estimate(np.concatenate(v).astype(np.float64), size, length, label) for n, v in sums.items()}
 
 
-def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray) -> Estimate:
+def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray, weights: str) -> Estimate:
     def ratio(denominator: np.ndarray) -> tuple[float, float]:
         value = nll.sum() / denominator.sum()
         # Standard error of a ratio of sums (delta method) over independent blocks.
@@ -178,4 +183,4 @@ def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray) -> Estimate
 
     nats, nats_interval = ratio(length)
     bits, bits_interval = ratio(size * np.log(2))
-    return Estimate(nats, nats_interval, bits, bits_interval, int(length.sum()), len(nll))
+    return Estimate(nats, nats_interval, bits, bits_interval, int(length.sum()), len(nll), weights)

@@ -1,6 +1,6 @@
 """Which positions are committed or masked again at a step of sampling. A new sampler is one class here.
 
-A policy is a frozen dataclass behind the protocol `Policy`, and its fields are config fields (config.sampling.eta, ...).
+A policy is a frozen dataclass behind the protocol `Policy`; its fields are config fields (config.sampling.eta, ...).
 Its randomness is one uniform per position, handed in, so that a run can be replayed and a row does not depend on its
 neighbours.
 
@@ -45,7 +45,8 @@ class Policy(Protocol):
     ) -> tuple[jax.Array, jax.Array, Any]:
         """(commit [B, L] bool, remask [B, L] bool, carry).
 
-        u: [B, L] uniforms in [0, 1), fine near 0 (loop.uniforms). canvas: [B, L] i32. masked: [B, L] bool. draw: candidates for masked positions.
+        u: [B, L] uniforms in [0, 1), fine near 0 (loop.uniforms). canvas: [B, L] i32. masked: [B, L] bool.
+        draw: candidates for masked positions.
         """
         ...
 
@@ -209,7 +210,7 @@ class ForwardBackward:
         return _move(u, visible_t, visible_s, sigma, masked) + (carry,)
 
 
-# ------------------------------------------------------------------------------------------- a number of tokens per step
+# ------------------------------------------------------------------------------------------ a number of tokens per step
 
 
 class _Counted:
