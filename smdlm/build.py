@@ -295,7 +295,7 @@ class Experiment:
         self.check_vocabulary(meta)
         if not keep:
             params["softmask"] = self.denoiser.softmask.init() if self.denoiser.softmask else {}
-        names = ", ".join(f"softmask/{name}" for name in params["softmask"])
+        names = ", ".join(f"softmask/{name}" for name in sorted(params["softmask"]))
         origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
         state = jax.jit(lambda p: init_state(p, self.optimizer), out_shardings=self.shardings())(params)
         return state, f"starting from step {meta['step']} of {source.directory}, raw weights; omega {origin}"

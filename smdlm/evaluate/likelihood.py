@@ -15,6 +15,7 @@ Shapes: B examples, L positions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,17 +84,18 @@ class Estimate:
         return float(np.exp(self.nats_per_token))
 
 
-def _estimators(objective: Objective, config: EvalConfig) -> dict[str, Callable[..., jax.Array]]:
+@functools.cache  # a run that validates every so often compiles once
+def _estimators(objective: Objective, chain: int) -> dict[str, Callable[..., jax.Array]]:
     """{label: (params, key, batch) -> nll summed over each example's tokens [B], nats}."""
     if isinstance(objective, NextToken):
-        return {"next_token": lambda params, key, batch: _objective_nll(objective, False, params, key, batch)}
+        return {"next_token": jax.jit(functools.partial(_objective_nll, objective, False))}
     plain = dataclasses.replace(objective, p_sm=0.0)
-    labels = {"one_pass": lambda params, key, batch: _objective_nll(plain, False, params, key, batch)}
+    labels = {"one_pass": jax.jit(functools.partial(_objective_nll, plain, False))}
     if objective.denoiser.softmask is not None:
         always = dataclasses.replace(objective, p_sm=1.0)
-        labels["two_pass"] = lambda params, key, batch: _objective_nll(always, True, params, key, batch)
-        if config.chain:
-            labels["carried"] = lambda params, key, batch: _carried_nll(always, config.chain, params, key, batch)
+        labels["two_pass"] = jax.jit(functools.partial(_objective_nll, always, True))
+        if chain:
+            labels["carried"] = jax.jit(functools.partial(_carried_nll, always, chain))
     return labels
 
 
@@ -151,7 +153,7 @@ def likelihood(
       config: number of draws, chain, seed.
       put: places a batch on the devices.
     """
-    estimators = {name: jax.jit(fn) for name, fn in _estimators(objective, config).items()}
+    estimators = _estimators(objective, config.chain)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     sizes, lengths = [], []
     for number, batch in enumerate(batches):
