@@ -151,6 +151,9 @@ def test_from_a_released_file_to_samples_and_back(folder, tmp_path):
     assert "checkpoint of step 4" in output and "--- sample 2" in output
     refused = run("smdlm.main", *base, "--mode=sample", "--config.sampling.eta=.02", status=2)
     assert "got eta (a field of policy remdm_cap, remdm_rescale, remdm_loop) for policy 'mdlm'" in refused
+    for mode in ("eval", "sample"):
+        output = run("smdlm.main", *base, f"--mode={mode}", f"--config.{mode.replace('sample', 'sampling')}.omega=live")
+        assert "EMA weights, live omega" in output
     run("smdlm.convert", "export", "mdlm", f"{tmp_path}/run", f"{tmp_path}/out.ckpt")
     made, before = files.load(tmp_path / "out.ckpt"), files.load(CHECKPOINT)
     assert list(made.tensors) == list(before.tensors) and len(made.shadow) == len(before.shadow)
