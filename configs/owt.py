@@ -8,6 +8,16 @@ Every number is the reference's (its config.yaml and the overrides of its traini
 GPT-2 BPE, batch 512, AdamW 3e-4, omega 1e-2, warm-up 2500 then constant, EMA .9999 with warm-up, dropout .1, clip 1,
 p_sm .8, k 3, bf16 compute with f32 parameters, 1M updates. Not run here at full length. The paper reports, after 1M
 updates, MAUVE .602 and 23.53 generative perplexity for 5000 samples of 1024 steps with top-p .9.
+
+Loss, clipping, schedule (the first update has rate 0), AdamW and EMA follow the reference step by step
+(tests/golden_test.py). What differs, and how to ask for the reference's way:
+
+times of a batch: the same range and variance, but spread over every device and micro-batch, where the reference's
+    strata give each a narrow slice of t and so an uneven load:               --config.times.kind=stratified
+omega in validation and samples is averaged like all weights; the reference leaves it out of its EMA:
+    --config.eval.omega=live --config.sampling.omega=live
+published samples skip a forward when nothing changed (one sample at a time): --config.sampling.refresh=on_change
+the coin p_sm is drawn once per update, there once per micro-batch and device; validation masks are fixed, there fresh.
 """
 
 import ml_collections

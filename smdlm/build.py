@@ -18,17 +18,30 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from smdlm.checkpoint import Checkpointer
 from smdlm.data.text import DataConfig, TextData, batches, load
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
-from smdlm.evaluate.likelihood import EvalConfig
+from smdlm.evaluate.likelihood import EvalConfig, check_omega
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_shardings
+from smdlm.partition import MeshConfig, batch_sharding, param_shardings, replicated, state_shardings
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
-from smdlm.sampling.loop import ARSampler, Sampler
-from smdlm.sampling.policies import Ancestral, Cap, Confidence, ForwardBackward, Loop, Rescale
+from smdlm.sampling.loop import ARSampler, Sampler, check_fields
+from smdlm.sampling.policies import (
+    Ancestral,
+    Cap,
+    Confidence,
+    Entropy,
+    FirstHitting,
+    ForwardBackward,
+    Loop,
+    Margin,
+    MaxProbability,
+    Policy,
+    Rescale,
+)
 from smdlm.softmask import ConstantGate, EntropyGate, FullSoftMask, Lerp, NormLerp, Slerp, SoftMask
 from smdlm.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from smdlm.train import TrainConfig, make_train_step
@@ -42,6 +55,10 @@ POLICIES = {
     "remdm_conf": Confidence,
     "remdm_loop": Loop,
     "forward_backward": ForwardBackward,
+    "max_prob": MaxProbability,
+    "margin": Margin,
+    "entropy": Entropy,
+    "first_hitting": FirstHitting,
 }
 
 
@@ -80,10 +97,12 @@ class SoftMaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """config.sampling; the first fields are those of `Sampler` and `Filters`.
+    """config.sampling: fields of `Sampler` and `Filters`; the fields of the policy (eta, ...) stand beside them.
 
     Attributes:
-      policy: one of POLICIES, with its own defaults.
+      policy: one of POLICIES. steps: nominal NFE; the causal model always takes data.seq_len - 1.
+      omega: 'ema' samples with the averaged omega, 'live' with the last one beside the averaged backbone, as the
+        reference does (its EMA leaves omega out).
       count: samples written. prompt: text at the start of each, '' for none.
     """
 
@@ -95,6 +114,7 @@ class SamplingConfig:
     use_feedback: bool = True
     feedback_source: str = "subs"
     refresh: str = "always"
+    omega: str = "ema"
     count: int = 8
     prompt: str = ""
     seed: int = 0
@@ -102,6 +122,9 @@ class SamplingConfig:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
+        check_fields(self.steps, self.feedback_source, self.refresh)
+        check_omega("sampling.omega", self.omega)
+        Filters(self.temperature, self.top_p, self.top_p_rule)
 
 
 SECTIONS = {
@@ -140,6 +163,7 @@ class Config:
     sampling: SamplingConfig
     eval: EvalConfig
     mesh: MeshConfig
+    policy: Policy
 
 
 def read(config: ml_collections.ConfigDict) -> Config:
@@ -155,22 +179,45 @@ def read(config: ml_collections.ConfigDict) -> Config:
     if "k" in given["readout"]:
         raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
     given["readout"]["k"] = given["softmask"].get("k", SoftMaskConfig.k)
+    given["sampling"], parameters = _split_policy(given["sampling"])
     sections = {name: _construct(name, cls, given[name]) for name, cls in SECTIONS.items()}
+    sections["policy"] = _construct("sampling", POLICIES[sections["sampling"].policy], parameters)
     model = dict(config.get("model", {}))
     _construct("model", DiTConfig, {"vocab_size": 2, **model})
     softmask, train, data, sampling = (sections[n] for n in ("softmask", "train", "data", "sampling"))
     if not 0 <= softmask.p_sm <= 1:
         raise ValueError(f"softmask.p_sm: got {softmask.p_sm}, wanted 0 <= p_sm <= 1")
     softmask.make()
-    Filters(sampling.temperature, sampling.top_p, sampling.top_p_rule)
-    pick("sampling.policy", sampling.policy, POLICIES)
-    if model.get("causal") and softmask.p_sm:
-        raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+    if model.get("causal"):
+        if softmask.p_sm:
+            raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+        for field in ("policy", "use_feedback", "feedback_source", "refresh"):
+            got, default = getattr(sampling, field), getattr(SamplingConfig, field)
+            if got != default:
+                raise ValueError(
+                    f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {default!r}: it has no such thing"
+                )
     if data.batch_size % train.accumulate:
         raise ValueError(
             f"train.accumulate: got {train.accumulate} for data.batch_size {data.batch_size}, wanted a divisor"
         )
     return Config(model=model, **sections)
+
+
+def _split_policy(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.sampling -> (SamplingConfig's fields, the policy's parameters); one of another policy is refused."""
+    name = values.get("policy", SamplingConfig.policy)
+    if not isinstance(name, str):
+        return values, {}  # refused below, for its type
+    parameters = {key: [f.name for f in dataclasses.fields(cls)] for key, cls in POLICIES.items()}
+    own, common = pick("sampling.policy", name, parameters), [f.name for f in dataclasses.fields(SamplingConfig)]
+    for field in sorted(set(values) - set(own) - set(common)):
+        owners = ", ".join(key for key in parameters if field in parameters[key])
+        raise ValueError(
+            f"config.sampling: got {field}{f' (a field of policy {owners})' if owners else ''} for policy {name!r}, "
+            f"wanted one of {', '.join([*own, *common])}"
+        )
+    return {k: v for k, v in values.items() if k not in own}, {k: v for k, v in values.items() if k in own}
 
 
 def _construct(section: str, cls: type, values: dict[str, Any]) -> Any:
@@ -224,6 +271,48 @@ class Experiment:
     def init_state(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         return jax.jit(self._init, out_shardings=self.shardings())(key)
+
+    def continue_from(self, source: Checkpointer) -> tuple[TrainState, str]:
+        """(fresh state with the raw weights of another run, a line that says what was loaded and where omega is from).
+
+        omega is newly initialised if the checkpoint has none of its own (it is binary, or a conversion made one up),
+        and left out if this model has none. The EMA starts at the loaded weights: the reference builds its EMA before
+        it loads them, from a random start, which the warm-up forgets within a few dozen updates (weight 10! / n^9).
+
+        Raises:
+          CheckpointMismatch: other sizes, every differing leaf listed. ValueError: another vocabulary.
+        """
+        abstract, _ = self.abstract_params()
+        saved, meta = source.shapes("params")
+        made_up = meta.get("convert", {}).get("new", [])
+        omega = saved.get("softmask", {})
+        keep = bool(abstract["softmask"]) and any(f"softmask/{name}" not in made_up for name in omega)
+        if not keep:
+            everywhere = replicated(self.mesh)
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+            abstract = {**abstract, "softmask": jax.tree.map(place, omega)}
+        params, _ = source.restore_params(abstract, "params", meta["step"])
+        self.check_vocabulary(meta)
+        if not keep:
+            params["softmask"] = self.denoiser.softmask.init() if self.denoiser.softmask else {}
+        names = ", ".join(f"softmask/{name}" for name in sorted(params["softmask"]))
+        origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
+        state = jax.jit(lambda p: init_state(p, self.optimizer), out_shardings=self.shardings())(params)
+        return state, f"starting from step {meta['step']} of {source.directory}, raw weights; omega {origin}"
+
+    def check_vocabulary(self, meta: dict[str, Any]) -> None:
+        """ValueError if a checkpoint's ids mean other tokens: tables of equal padded size hide that."""
+        tokenizer = self.data.tokenizer
+        mine = {"model.vocab_size": self.denoiser.vocab_size, "mask_id": tokenizer.mask_id}
+        theirs = {"model.vocab_size": meta.get("model", {}).get("vocab_size"), "mask_id": meta.get("mask_id")}
+        mine["tokenizer"], theirs["tokenizer"] = tokenizer.fingerprint, meta.get("tokenizer")
+        wrong = [name for name, value in theirs.items() if value not in (None, mine[name])]
+        if wrong:
+            raise ValueError(
+                f"checkpoint: got {', '.join(f'{n} {theirs[n]}' for n in wrong)}, wanted "
+                f"{', '.join(f'{n} {mine[n]}' for n in wrong)} (data.tokenizer {tokenizer.name!r}): "
+                "use the tokenizer it was trained with"
+            )
 
     def train_step(self) -> Callable[..., Any]:
         return make_train_step(
@@ -299,7 +388,7 @@ def make_sampler(config: Config, denoiser: Denoiser, bos_id: int) -> Sampler | A
     return Sampler(
         denoiser=denoiser,
         readout=config.readout,
-        policy=POLICIES[s.policy](),
+        policy=config.policy,
         filters=filters,
         steps=s.steps,
         use_feedback=s.use_feedback and denoiser.softmask is not None,

@@ -156,13 +156,16 @@ class Checkpointer:
         """
         if which not in ("ema", "params"):
             raise ValueError(f"got which={which!r}, wanted 'ema' or 'params'")
+        saved, meta = self.shapes(which, step)
+        abstract_params = saved if abstract_params is None else abstract_params
+        return self._restore_trees(meta["step"], {which: abstract_params})[which], meta
+
+    def shapes(self, which: str = "ema", step: int | None = None) -> tuple[PyTree, dict]:
+        """Returns (nested dict of shapes and dtypes as saved, meta), read before any weight is."""
         step = self._sound_step(step, (which, "meta"))
-        if abstract_params is None:
-            saved = self._saved_leaves(step, which)
-            abstract_params = traverse_util.unflatten_dict(
-                {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}, sep="/"
-            )
-        return self._restore_trees(step, {which: abstract_params})[which], self._read_json(step, "meta")
+        saved = self._saved_leaves(step, which)
+        named = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
+        return traverse_util.unflatten_dict(named, sep="/"), self._read_json(step, "meta")
 
     def read_meta(self, step: int | None = None) -> dict:
         """The meta dict alone (of the newest sound checkpoint), read before a model is built."""

@@ -25,18 +25,21 @@ from ml_collections import config_flags
 from smdlm import cpu
 from smdlm.build import Experiment, build, read
 from smdlm.checkpoint import CheckpointDamaged, Checkpointer
-from smdlm.evaluate.likelihood import Estimate, likelihood
+from smdlm.evaluate.likelihood import Estimate, likelihood, weights
 from smdlm.train import NonFiniteLoss, run
 from smdlm.writer import Writer
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/tiny.py.", lock_config=True)
+# Any documented field may be given, also one that the file leaves at its default: `read` refuses what it does not know.
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, e.g. configs/tiny.py.", lock_config=False, accept_new_attributes=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
 
 
 def evaluate(experiment: Experiment, params: Any) -> dict[str, Estimate]:
-    """Validation likelihood of params (usually the EMA)."""
+    """Validation likelihood of params (`weights` of eval.omega)."""
     return likelihood(
         experiment.objective,
         params,
@@ -66,15 +69,20 @@ def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, me
     start_step = 0
     if checkpointer.latest_step() is not None:
         state, data, saved = checkpointer.restore(experiment.abstract_state())
+        experiment.check_vocabulary(saved)
         start_step, previous = data["next_index"], saved.get("wall_s", 0.0)
         logging.info("continuing at step %d", start_step)
+    elif config.train.init_from:
+        state, line = experiment.continue_from(_init_source(config.train.init_from))
+        if jax.process_index() == 0:
+            print(line)
     else:
         state = experiment.init_state()
     chief = jax.process_index() == 0
     writer = Writer(workdir, total_steps=experiment.steps, enabled=chief, start_step=start_step)
 
     def validate(state: Any) -> dict[str, float]:
-        return _scalars(evaluate(experiment, state.ema))
+        return _scalars(evaluate(experiment, weights(state.ema, state.params, config.eval.omega)))
 
     # A live view, so that each checkpoint records the time spent so far.
     meta = _Clocked(meta, begin - previous)
@@ -91,9 +99,9 @@ def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, me
         meta=meta,
         evaluate=validate,
     )
-    estimates = evaluate(experiment, state.ema)
+    estimates = evaluate(experiment, weights(state.ema, state.params, config.eval.omega))
     writer.scalars(experiment.steps, _scalars(estimates))
-    texts, forwards = sample(experiment, state.ema)
+    texts, forwards = sample(experiment, weights(state.ema, state.params, config.sampling.omega))
     writer.samples(experiment.steps, texts)
     writer.curves()
     checkpointer.wait()
@@ -153,8 +161,8 @@ def _print_estimates(estimates: dict[str, dict[str, float]]) -> None:
         bits = f"{e['bits_per_byte']:.4f} ± {e['bits_interval']:.4f}"
         nats = f"{e['nats_per_token']:.4f} ± {e['nats_interval']:.4f}"
         print(f"{LABELS[name]:26}{bits:>18}{nats:>18}{e['perplexity']:12.3f}")
-    blocks = next(iter(estimates.values()))["blocks"]
-    print(f"({blocks} validation blocks, fixed masks, EMA weights; ± is a 95 % interval over blocks)")
+    e = next(iter(estimates.values()))
+    print(f"({e['blocks']} validation blocks, fixed masks, {e['weights']}; ± is a 95 % interval over blocks)")
 
 
 def _print_summary(summary: dict[str, Any], workdir: Path) -> None:
@@ -180,9 +188,23 @@ def _print_summary(summary: dict[str, Any], workdir: Path) -> None:
     sys.stdout.flush()
 
 
-def _restore_ema(experiment: Experiment, checkpointer: Checkpointer) -> tuple[Any, int]:
-    params, meta = checkpointer.restore_params(experiment.abstract_params()[0], which="ema")
-    return params, meta["step"]
+def _restore_weights(experiment: Experiment, checkpointer: Checkpointer, omega: str) -> tuple[Any, int]:
+    """(weights for evaluation or sampling, step). Raises ValueError if they are of another size or vocabulary."""
+    abstract, _ = experiment.abstract_params()
+    ema, meta = checkpointer.restore_params(abstract, "ema")
+    experiment.check_vocabulary(meta)
+    params = checkpointer.restore_params(abstract, "params", meta["step"])[0] if omega == "live" else None
+    return weights(ema, params, omega), meta["step"]
+
+
+def _init_source(workdir: str) -> Checkpointer:
+    source = Checkpointer(Path(workdir) / "checkpoints")
+    if source.latest_step() is None:
+        raise FileNotFoundError(
+            f"train.init_from: got no checkpoint in {source.directory}, wanted a workdir that holds one: train it, or "
+            f"python -m smdlm.convert import mdlm FILE {workdir}"
+        )
+    return source
 
 
 def _finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str, Any] | None:
@@ -210,6 +232,8 @@ def main(_: Sequence[str]) -> None:
             print(f"{workdir} holds a finished run (--overwrite starts anew):")
             _print_summary(summary, workdir)
             return
+        if config.train.init_from and checkpointer.latest_step() is None:
+            _init_source(config.train.init_from)  # before the data is read
     elif checkpointer.latest_step() is None:
         raise FileNotFoundError(
             f"{MODE.value}: got no checkpoint in {directory}, wanted a trained run: --mode=train first"
@@ -225,8 +249,9 @@ def main(_: Sequence[str]) -> None:
         }
         _train(experiment, workdir, checkpointer, meta)
     else:
-        params, step = _restore_ema(experiment, checkpointer)
-        print(f"checkpoint of step {step} in {directory}, EMA weights")
+        omega = config.eval.omega if MODE.value == "eval" else config.sampling.omega
+        params, step = _restore_weights(experiment, checkpointer, omega)
+        print(f"checkpoint of step {step} in {directory}, EMA weights" + (", live omega" if omega == "live" else ""))
         if MODE.value == "eval":
             _print_estimates(
                 {n: vars(e) | {"perplexity": e.perplexity} for n, e in evaluate(experiment, params).items()}

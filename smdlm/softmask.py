@@ -56,6 +56,10 @@ class Feedback(flax.struct.PyTreeNode):
             active=jnp.zeros((batch, length), bool),
         )
 
+    def first(self, k: int) -> Feedback:
+        """The k most probable candidates alone."""
+        return self.replace(ids=self.ids[..., :k], probs=self.probs[..., :k])
+
 
 def neg_entropy(log_probs: jax.Array) -> jax.Array:
     """Sum of p log p over the last axis, in nats: [..., V] -> [...]. 0 * log 0 counts as 0."""

@@ -98,6 +98,16 @@ def _muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def _clip(limit: float) -> optax.GradientTransformation:
+    """torch's clip_grad_norm_: gradients times min(1, limit / (norm + 1e-6)); optax's own leaves out the 1e-6."""
+
+    def scaled(grads: Any, _: Any) -> Any:
+        factor = jnp.minimum(1.0, limit / (optax.global_norm(grads) + 1e-6))
+        return jax.tree.map(lambda g: factor * g, grads)
+
+    return optax.stateless(scaled)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """optax transformation over {'backbone', 'softmask'}; `update(..., feedback=coin)` with coin [] bool.
 
@@ -127,7 +137,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     labels = lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        _clip(config.clip),
         optax.partition({"backbone": backbone, "softmask": softmask}, labels),
     )
 

@@ -35,6 +35,7 @@ class TrainConfig:
       log_every, save_every, eval_every: in updates; saves and evaluations fall on log points. eval_every 0: at the end.
       keep: checkpoints kept.
       seed: of parameters, noise and dropout.
+      init_from: workdir whose newest raw weights a new run starts from, '' for random ones.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class TrainConfig:
     eval_every: int = 0
     keep: int = 2
     seed: int = 0
+    init_from: str = ""
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from smdlm.build import SECTIONS, build, read
+from smdlm.build import POLICIES, SECTIONS, build, read
 from smdlm.models.dit import DiTConfig
 from smdlm.sampling.loop import ARSampler, Sampler
 from smdlm.softmask import ConstantGate, EntropyGate, FullSoftMask, NormLerp, Slerp, SoftMask
@@ -103,6 +103,8 @@ OUT_OF_RANGE = {
     **{"train__steps": 0, "train__accumulate": 3, "train__update_budget": "half", "train__save_every": 3},
     **{"train__eval_every": 3, "train__log_every": 0, "train__keep": 0},
     **{"sampling__policy": "best", "sampling__temperature": -1.0, "sampling__top_p": 0.0, "sampling__count": 0},
+    **{"sampling__omega": "raw", "eval__omega": "new", "sampling__steps": 0, "sampling__refresh": "never"},
+    **{"sampling__feedback_source": "all"},
     **{"sampling__top_p_rule": "hf", "eval__blocks": 0, "eval__batch_size": 0, "eval__draws": 0, "eval__chain": -1},
     **{"mesh__data": 0, "mesh__fsdp": -2, "mesh__tensor": 0},
 }
@@ -132,13 +134,46 @@ def test_impossible_combinations_are_refused(changes):
     one_line(make_config(**changes))
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{"sampling__steps": 0}, {"sampling__refresh": "never"}, {"sampling__feedback_source": "all"}]
+    "changes",
+    [
+        {"sampling__steps": 0},
+        {"sampling__refresh": "never"},
+        {"sampling__feedback_source": "all"},
+        {"sampling__policy": "best"},
+        {"sampling__eta": 0.1},  # not a parameter of mdlm
+        {"sampling__policy": "remdm_cap", "sampling__eta": 2.0},
+        {"sampling__policy": "entropy", "sampling__order_temperature": -1.0},
+        {"sampling__policy": "remdm_loop", "sampling__eta": "much"},
+    ],
 )
-def test_sampler_fields_are_refused_before_data_is_read(changes):
-    """BUG (smdlm/build.py) if this fails: `read` accepts them, and they are refused after the corpus has been loaded
-    and tokenised (or, for the causal model, never)."""
-    one_line(make_config(**changes))
+def test_sampler_fields_are_refused_before_data_is_read(changes, causal):
+    message = one_line(make_config(**changes, **({"model__causal": True, "softmask__p_sm": 0.0} if causal else {})))
+    assert list(changes)[-1].removeprefix("sampling__") in message
+
+
+def test_the_causal_model_refuses_what_it_would_ignore():
+    for field, value in {"policy": "entropy", "refresh": "on_change", "use_feedback": False}.items():
+        changes = {"model__causal": True, "softmask__p_sm": 0.0, f"sampling__{field}": value}
+        assert f"sampling.{field}: got {value!r} for the causal" in one_line(make_config(**changes))
+
+
+def parameters():
+    """(policy, field) of every policy."""
+    return [(name, f.name) for name, cls in POLICIES.items() for f in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize("name, field", parameters())
+def test_parameters_of_policies_are_config_fields(name, field):
+    """They reach the policy beside its other defaults; a policy without that field refuses it by name."""
+    value = getattr(POLICIES[name](), field) + 0.01
+    got = read(make_config(sampling__policy=name, **{f"sampling__{field}": value})).policy
+    assert got == dataclasses.replace(POLICIES[name](), **{field: value})
+    for other, cls in POLICIES.items():
+        if field not in {f.name for f in dataclasses.fields(cls)}:
+            message = one_line(make_config(sampling__policy=other, **{f"sampling__{field}": value}))
+            assert f"got {field} (a field of policy" in message and name in message and repr(other) in message
 
 
 def test_missing_fields_are_named():
@@ -226,7 +261,7 @@ def test_the_fingerprint_is_stable(base, corpus, tmp_path):
 REACH_THE_SAMPLER = {
     **{"sampling__steps": 5, "sampling__temperature": 0.5, "sampling__top_p": 0.8, "sampling__top_p_rule": "reference"},
     **{"sampling__use_feedback": False, "sampling__feedback_source": "raw", "sampling__refresh": "on_change"},
-    "readout__chunk": 7,
+    **{"readout__chunk": 7, "sampling__policy": "entropy"},
 }
 
 

@@ -8,10 +8,23 @@ import numpy as np
 import pytest
 from conftest import MASK, READOUT, SOFTMASK, V, assert_identical, make_denoiser, make_params
 
+from smdlm.build import POLICIES
+from smdlm.readout import Draw
 from smdlm.sampling.filters import Filters, inverse_cdf, nucleus_threshold
-from smdlm.sampling.loop import ARSampler, Sampler
-from smdlm.sampling.policies import Ancestral, Times, linear_times
-from smdlm.softmask import FullSoftMask
+from smdlm.sampling.loop import ARSampler, Sampler, uniforms
+from smdlm.sampling.policies import (
+    Ancestral,
+    Cap,
+    Confidence,
+    Entropy,
+    FirstHitting,
+    Loop,
+    Margin,
+    MaxProbability,
+    Times,
+    linear_times,
+)
+from smdlm.softmask import Feedback, FullSoftMask, SoftMask
 
 B, L, T = 3, 8, 6
 
@@ -175,6 +188,144 @@ def test_ancestral_commits_at_rate():
         assert not np.any(remask)
 
 
+# A number of tokens per step
+
+
+def test_uniforms_are_fine_near_zero():
+    """Uniform in [0, 1); below 2^-20 still of full precision, where jax.random.uniform has eight values."""
+    u = np.asarray(uniforms(jax.random.key(0), (2**23,)), np.float64)
+    assert u.min() >= 0 and u.max() < 1
+    counts = np.histogram(u, 64, (0, 1))[0]
+    assert np.abs(counts - 2**17).max() < 6 * np.sqrt(2**17)
+    small = u[u < 2.0**-18]
+    assert len(small) > 10 and len(np.unique(small)) == len(small) and np.any(small * 2**23 % 1)
+
+
+def draw_with(probs):
+    """A draw whose feedback is that of distributions [B, L, V]."""
+    log_p = jnp.log(jnp.asarray(probs, jnp.float32))
+    top = jnp.sort(jnp.exp(log_p), -1)[..., ::-1][..., :3]
+    entropy = jnp.sum(jnp.exp(log_p) * log_p, -1)
+    feedback = Feedback(jnp.zeros(top.shape, jnp.int32), top, entropy, jnp.ones(top.shape[:2], bool))
+    return Draw(jnp.zeros(top.shape[:2], jnp.int32), jnp.zeros(top.shape[:2]), feedback)
+
+
+COUNTED = [MaxProbability(), Margin(0.3), Entropy(), FirstHitting()]
+
+
+@pytest.mark.parametrize("policy", COUNTED, ids=lambda p: type(p).__name__)
+def test_counts_follow_the_schedule_row_by_row(policy):
+    """round(masks at the start * s) are left in each row; one per step for first-hitting if there are steps enough."""
+    start = np.array([8, 5, 0])
+    step, draw = jax.jit(policy), draw_with(distributions("random", 6, rows=24).reshape(3, 8, 6))
+    for steps in (3, 8, 12):
+        masked, times = jnp.arange(8) >= 8 - start[:, None], linear_times(steps)
+        carry, left = policy.init(masked), []
+        for i in range(steps):
+            u = uniforms(jax.random.key(i), masked.shape)
+            commit, remask, carry = step(u, masked, masked, draw, Times(times.t[i], times.s[i]), carry)
+            assert not np.any(remask)
+            masked &= ~commit
+            left.append(np.sum(masked, 1))
+        if policy == FirstHitting() and steps >= 8:
+            wanted = np.maximum(start - 1 - np.arange(steps)[:, None], 0)
+        else:
+            wanted = np.round(start * np.asarray(times.s)[:, None])
+        np.testing.assert_array_equal(left, wanted)
+        assert not np.any(left[-1])
+
+
+def test_equal_confidences_do_not_change_the_count():
+    masked, times = jnp.ones((1, 8), bool), Times(jnp.float32(1.0), jnp.float32(0.625))
+    draw = draw_with(np.full((1, 8, 4), 0.25))
+    for policy in (*COUNTED, Entropy(1.0)):
+        commit, remask, _ = policy(jnp.full((1, 8), 0.5), None, masked, draw, times, policy.init(masked))
+        assert np.sum(commit) == 3 and not np.any(remask)
+
+
+def test_confidence_takes_the_largest():
+    """Three positions on which the measures disagree: p1 .5 / .45 / .4, margin .01 / .25 / .1, entropy."""
+    probs = np.array(
+        [[[0.5, 0.49, 0.005, 0.005], [0.45, 0.2, 0.2, 0.15], [0.4, 0.3, 0.3 - 1e-6, 1e-6], [0.97, 0.01, 0.01, 0.01]]]
+    )
+    masked = jnp.array([[True, True, True, False]])  # the surest position is known already
+    times, u = Times(jnp.float32(1.0), jnp.float32(0.7)), jnp.full((1, 4), 0.5)
+    for policy, best in ((MaxProbability(), 0), (Margin(), 1), (Entropy(), 0)):
+        commit, _, _ = policy(u, None, masked, draw_with(probs), times, policy.init(masked))
+        assert np.flatnonzero(np.asarray(commit & masked)[0]).tolist() == [best], policy
+    probs[0, 0] = [0.5, 0.2, 0.15, 0.15]  # entropy 1.24 against 1.09 of position 2
+    commit, _, _ = Entropy()(u, None, masked, draw_with(probs), times, Entropy().init(masked))
+    assert np.flatnonzero(np.asarray(commit & masked)[0]).tolist() == [2]
+
+
+def order_frequencies(policy, probs, rows=20_000):
+    """How often each position is the first, and the first two, to be unmasked."""
+    masked = jnp.ones((rows, probs.shape[0]), bool)
+    draw = draw_with(np.broadcast_to(probs, (rows, *probs.shape)))
+    u = uniforms(jax.random.key(1), masked.shape)
+    out = []
+    for left in (3, 2):
+        times = Times(jnp.float32(1.0), jnp.float32(left / 4))
+        out.append(np.asarray(policy(u, None, masked, draw, times, policy.init(masked))[0]).mean(0))
+    return out
+
+
+def test_order_temperature_is_a_draw_without_replacement():
+    probs = np.array([[0.9, 0.1, 1e-9, 1e-9], [0.6, 0.4, 1e-9, 1e-9], [0.5, 0.5, 1e-9, 1e-9], [0.34, 0.33, 0.33, 1e-9]])
+    for temperature in (0.2, 1.0):
+        w = np.exp(probs.max(-1) / temperature)
+        w /= w.sum()
+        first, two = order_frequencies(MaxProbability(temperature), probs)
+        second = [sum(w[j] * w[i] / (1 - w[j]) for j in range(4) if j != i) for i in range(4)]
+        np.testing.assert_allclose(first, w, atol=0.015)
+        np.testing.assert_allclose(two, w + second, atol=0.015)
+
+
+def test_order_noise_reaches_the_tail():
+    """The noise is Gumbel, P(noise < x) = exp(-exp(-x)), far beyond the 16 nats at which plain f32 uniforms end."""
+    u = jnp.array([[0.0, 2.0**-50, 2.0**-30, 0.25, 0.5, 1 - 2.0**-24]])
+    draw = Draw(None, None, Feedback(None, None, jnp.zeros(u.shape), None))
+    noise = np.asarray(Entropy(1.0).score(u, draw), np.float64)[0]
+    assert noise[0] == np.inf  # ahead of all, and not NaN
+    np.testing.assert_allclose(1 - np.exp(-np.exp(-noise[1:])), u[0, 1:], rtol=1e-5)
+    np.testing.assert_allclose(noise[1], 50 * np.log(2), rtol=1e-6)
+
+
+def test_first_hitting_orders_are_uniform():
+    """All 24 orders of four positions are equally likely, whatever the confidences."""
+    rows, policy = 24_000, FirstHitting()
+    draw = draw_with(np.broadcast_to(distributions("peaked", 5, rows=4), (rows, 4, 5)))
+    masked, carry = jnp.ones((rows, 4), bool), jnp.full(rows, 4)
+    order = np.zeros(rows, int)
+    for i in range(4):
+        u = uniforms(jax.random.key(i), masked.shape)
+        times = Times(jnp.float32(1 - i / 4), jnp.float32(0.75 - i / 4))
+        commit, _, carry = policy(u, None, masked, draw, times, carry)
+        commit &= masked
+        assert np.all(np.sum(commit, 1) == 1)
+        order = 4 * order + np.argmax(commit, 1)
+        masked &= ~commit
+    counts = np.unique(order, return_counts=True)[1]
+    assert len(counts) == 24 and np.sum((counts - 1000) ** 2 / 1000) < 23 + 5 * np.sqrt(46)
+
+
+def test_order_temperature_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="order_temperature: got -1, wanted >= 0"):
+        Margin(-1)
+
+
+def test_margin_works_with_one_remembered_candidate():
+    """The second candidate is for the order alone: the feedback keeps its k."""
+    denoiser = make_denoiser(SoftMask(k=1, gate=SOFTMASK.gate))
+    params, readout = make_params(denoiser), dataclasses.replace(READOUT, k=1)
+    sampler = make_sampler(denoiser, policy=Margin(), readout=readout)
+    _, carry = step_once(sampler, params, BLANK, jnp.full((B, L), 0.5))
+    assert carry.feedback.ids.shape == (B, L, 1)
+    wanted = make_sampler(denoiser, policy=Margin(), readout=dataclasses.replace(READOUT, k=2), use_feedback=False)
+    got = make_sampler(denoiser, policy=Margin(), readout=readout, use_feedback=False)
+    assert_identical(got(params, jax.random.key(0), BLANK), wanted(params, jax.random.key(0), BLANK))
+
+
 # The sampler
 
 
@@ -211,8 +362,8 @@ BLANK = jnp.full((B, L), MASK, jnp.int32)
 class Shuffling:
     """A policy that commits and re-masks at random: exercises what Ancestral never does. Carries a step count."""
 
-    def init(self, canvas):
-        return jnp.zeros(len(canvas), jnp.int32)
+    def init(self, masked):
+        return jnp.zeros(len(masked), jnp.int32)
 
     def __call__(self, u, canvas, masked, draw, times, carry):
         return u < 0.6, u > 0.7, carry + 1
@@ -225,6 +376,12 @@ VARIANTS = {
     "remask_subs": {"policy": Shuffling()},
     "remask_raw": {"policy": Shuffling(), "feedback_source": "raw"},
     "cold": {"filters": Filters(temperature=0.0)},
+    "cap": {"policy": Cap(0.3), "filters": Filters(top_p=0.9, top_p_rule="reference")},
+    "conf": {"policy": Confidence(), "feedback_source": "raw", "refresh": "on_change"},
+    "loop": {"policy": Loop(0.1, 0.55, 0.2, 0.8), "use_feedback": False},
+    "margin": {"policy": Margin(0.1), "refresh": "on_change"},
+    "entropy": {"policy": Entropy(), "feedback_source": "raw", "filters": Filters(0.0)},
+    "first_hitting": {"policy": FirstHitting(), "use_feedback": False, "filters": Filters(top_p=0.9)},
 }
 
 
@@ -236,7 +393,7 @@ def python_loop(sampler, params, key, canvas, times):
     t, s = np.asarray(times.t), np.asarray(times.s)
     carry, canvases = jax.jit(sampler.init)(canvas), []
     for i in range(len(t)):
-        u = np.stack([jax.random.uniform(jax.random.fold_in(k, i), (2, L)) for k in keys])
+        u = np.stack([uniforms(jax.random.fold_in(k, i), (2, L)) for k in keys])
         carry = step(params, carry, Times(t[i], s[i]), prompt, u[:, 0], u[:, 1])
         canvases.append(np.asarray(carry.canvas))
     return jax.jit(sampler.finish)(params, carry), canvases
@@ -322,15 +479,32 @@ def test_feedback_reaches_the_next_step(denoiser, params):
     assert np.any(one[-1] != two[-1])
 
 
-@pytest.mark.parametrize("variant", ["ancestral", "remask_subs", "on_change"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_does_not_depend_on_its_neighbours(denoiser, params, variant):
     sampler = make_sampler(denoiser, **VARIANTS[variant])
     key, canvas = jax.random.key(5), canvas_with_prompts()
     together = sampler(params, key, canvas).tokens
-    alone = sampler(params, key, canvas[:1]).tokens
-    np.testing.assert_array_equal(together[:1], alone)
+    if variant in ("ancestral", "on_change", "conf", "margin"):  # a lone row is another program
+        np.testing.assert_array_equal(together[:1], sampler(params, key, canvas[:1]).tokens)
     other = sampler(params, key, canvas.at[0].set(MASK)).tokens  # another neighbour
     np.testing.assert_array_equal(together[1:], other[1:])
+
+
+def test_on_batch_change_is_the_references_cache(denoiser, params):
+    """All rows run again if any changed; so a row depends on its neighbours, unless it is alone."""
+    sampler = make_sampler(denoiser, refresh="on_batch_change")
+    u_move = jnp.ones((B, L)).at[1].set(0.0)  # row 1 commits everything, rows 0 and 2 nothing
+    _, after = step_once(sampler, params, BLANK, u_move)
+    np.testing.assert_array_equal(after.changed, [True, True, True])
+    _, after = step_once(sampler, params, BLANK, jnp.ones((B, L)))
+    np.testing.assert_array_equal(after.changed, [False, False, False])
+    steps, key, canvas = 30, jax.random.key(5), canvas_with_prompts()
+    by_row, by_batch = (make_sampler(denoiser, refresh=r, steps=steps) for r in ("on_change", "on_batch_change"))
+    one, two = by_row(params, key, canvas[:1]), by_batch(params, key, canvas[:1])
+    assert_identical(one, two)
+    assert int(one.forwards) < steps
+    pairs = [(by_row(params, k, canvas), by_batch(params, k, canvas)) for k in jax.random.split(key, 8)]
+    assert any(np.any(one.tokens != two.tokens) for one, two in pairs)
 
 
 def test_rows_and_keys_differ(sampler, params):
@@ -426,6 +600,28 @@ def test_sampler_fields_out_of_range_are_refused(denoiser, wrong):
 def test_feedback_needs_a_soft_masked_model():
     with pytest.raises(ValueError, match="use_feedback"):
         make_sampler(make_denoiser(None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_feedback", [True, False])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_with_everything(denoiser, params, name, use_feedback):
+    """Prompts stay, masks are filled, rows stand alone, one program: with each policy, filter rule and cache."""
+    changes = [
+        {"filters": Filters(top_p=0.9)},
+        {"filters": Filters(top_p=0.9, top_p_rule="reference"), "feedback_source": "raw", "refresh": "on_change"},
+    ]
+    for change in changes:
+        sampler = make_sampler(denoiser, policy=POLICIES[name](), use_feedback=use_feedback, steps=7, **change)
+        size, key, canvas = Sampler.run._cache_size(), jax.random.key(6), canvas_with_prompts(seed=6)
+        tokens = np.asarray(sampler(params, key, canvas).tokens)
+        prompt = np.asarray(canvas != MASK)
+        np.testing.assert_array_equal(tokens[prompt], np.asarray(canvas)[prompt])
+        assert np.all((tokens >= 0) & (tokens < MASK))
+        other = sampler(params, key, canvas.at[1].set(MASK)).tokens
+        np.testing.assert_array_equal(tokens[[0, 2]], np.asarray(other)[[0, 2]])
+        assert np.any(tokens != np.asarray(sampler(params, jax.random.key(7), canvas).tokens))
+        assert Sampler.run._cache_size() == size + 1
 
 
 # The AR baseline

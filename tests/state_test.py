@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import assert_close, assert_identical, make_denoiser, make_params, same
 
-from smdlm.state import OptimizerConfig, TrainState, init_state, make_optimizer, update_ema
+from smdlm.state import OptimizerConfig, TrainState, _clip, init_state, make_optimizer, update_ema
 from smdlm.train import TrainConfig
 
 STEPS = 20
@@ -108,6 +108,15 @@ def test_rate(decay, warmup):
     np.testing.assert_allclose(
         [float(rate(i)) for i in (*range(0, 51, 5), 11)], wanted[[*range(0, 51, 5), 11]], rtol=1e-5
     )
+
+
+def test_clipping_is_torchs(params):
+    """min(1, limit / (norm + 1e-6)): seen at a norm of 1e-6, where optax's rule would leave twice as much."""
+    grads = jax.tree.map(jnp.zeros_like, params)
+    grads["backbone"]["embed"] = grads["backbone"]["embed"].at[0, 0].set(1e-6)
+    for limit, factor in ((5e-7, 0.25), (4e-6, 1.0)):
+        clipped, _ = _clip(limit).update(grads, _clip(limit).init(params))
+        np.testing.assert_allclose(clipped["backbone"]["embed"][0, 0], factor * 1e-6, rtol=1e-5)
 
 
 def test_clipping_is_over_all_gradients(params):

@@ -15,6 +15,7 @@ Shapes: B examples, L positions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ class EvalConfig:
     draws: (t, mask) draws per block and estimate.
     chain: canvases in the chain of the carried-feedback estimate; 0 leaves it out.
     seed: of masks and times; part of the protocol.
+    omega: 'ema', or 'live': the last omega beside the averaged backbone (the reference's EMA leaves omega out).
     """
 
     blocks: int = 512
@@ -41,6 +43,7 @@ class EvalConfig:
     draws: int = 1
     chain: int = 8
     seed: int = 0
+    omega: str = "ema"
 
     def __post_init__(self):
         for name in ("blocks", "batch_size", "draws"):
@@ -48,11 +51,25 @@ class EvalConfig:
                 raise ValueError(f"eval.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.chain < 0:
             raise ValueError(f"eval.chain: got {self.chain}, wanted 0 (left out) or more forwards")
+        check_omega("eval.omega", self.omega)
+
+
+def check_omega(field: str, value: str) -> None:
+    if value not in ("ema", "live"):
+        raise ValueError(f"{field}: got {value!r}, wanted 'ema' or 'live'")
+
+
+def weights(ema: Any, params: Any, omega: str) -> Any:
+    """The averaged weights with the omega that is asked for."""
+    return ema if omega == "ema" else {**ema, "softmask": params["softmask"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A likelihood over `blocks` blocks with the half-width of its 95 % confidence interval (over blocks)."""
+    """A likelihood over `blocks` blocks with the half-width of its 95 % confidence interval (over blocks).
+
+    weights: what was evaluated.
+    """
 
     nats_per_token: float
     nats_interval: float
@@ -60,23 +77,25 @@ class Estimate:
     bits_interval: float
     tokens: int
     blocks: int
+    weights: str
 
     @property
     def perplexity(self) -> float:
         return float(np.exp(self.nats_per_token))
 
 
-def _estimators(objective: Objective, config: EvalConfig) -> dict[str, Callable[..., jax.Array]]:
+@functools.cache  # a run that validates every so often compiles once
+def _estimators(objective: Objective, chain: int) -> dict[str, Callable[..., jax.Array]]:
     """{label: (params, key, batch) -> nll summed over each example's tokens [B], nats}."""
     if isinstance(objective, NextToken):
-        return {"next_token": lambda params, key, batch: _objective_nll(objective, False, params, key, batch)}
+        return {"next_token": jax.jit(functools.partial(_objective_nll, objective, False))}
     plain = dataclasses.replace(objective, p_sm=0.0)
-    labels = {"one_pass": lambda params, key, batch: _objective_nll(plain, False, params, key, batch)}
+    labels = {"one_pass": jax.jit(functools.partial(_objective_nll, plain, False))}
     if objective.denoiser.softmask is not None:
         always = dataclasses.replace(objective, p_sm=1.0)
-        labels["two_pass"] = lambda params, key, batch: _objective_nll(always, True, params, key, batch)
-        if config.chain:
-            labels["carried"] = lambda params, key, batch: _carried_nll(always, config.chain, params, key, batch)
+        labels["two_pass"] = jax.jit(functools.partial(_objective_nll, always, True))
+        if chain:
+            labels["carried"] = jax.jit(functools.partial(_carried_nll, always, chain))
     return labels
 
 
@@ -128,13 +147,13 @@ def likelihood(
 
     Args:
       objective: gives model, schedule and range of t; its p_sm plays no role.
-      params: usually the EMA.
+      params: `weights` of the config's omega.
       batches: {'tokens' [B, L], 'valid' [B]}, once through.
       token_bytes: [V] UTF-8 bytes per token, for bits per byte.
       config: number of draws, chain, seed.
       put: places a batch on the devices.
     """
-    estimators = {name: jax.jit(fn) for name, fn in _estimators(objective, config).items()}
+    estimators = _estimators(objective, config.chain)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     sizes, lengths = [], []
     for number, batch in enumerate(batches):
@@ -152,10 +171,11 @@ def likelihood(
     if not sizes:
         raise ValueError("evaluation: got no validation block, wanted at least one")
     size, length = np.concatenate(sizes).astype(np.float64), np.concatenate(lengths).astype(np.float64)
-    return {name: _estimate(np.concatenate(values).astype(np.float64), size, length) for name, values in sums.items()}
+    label = "EMA weights" + (", live omega" if config.omega == "live" else "")
+    return {n: _estimate(np.concatenate(v).astype(np.float64), size, length, label) for n, v in sums.items()}
 
 
-def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray) -> Estimate:
+def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray, weights: str) -> Estimate:
     def ratio(denominator: np.ndarray) -> tuple[float, float]:
         value = nll.sum() / denominator.sum()
         # Standard error of a ratio of sums (delta method) over independent blocks.
@@ -165,4 +185,4 @@ def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray) -> Estimate
 
     nats, nats_interval = ratio(length)
     bits, bits_interval = ratio(size * np.log(2))
-    return Estimate(nats, nats_interval, bits, bits_interval, int(length.sum()), len(nll))
+    return Estimate(nats, nats_interval, bits, bits_interval, int(length.sum()), len(nll), weights)

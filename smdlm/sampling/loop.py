@@ -32,7 +32,7 @@ class Samples(flax.struct.PyTreeNode):
 
 
 class Carry(flax.struct.PyTreeNode):
-    """State between two steps. hidden and changed [B] serve refresh='on_change'."""
+    """State between two steps. hidden, and changed [B] (rows to run again), serve refresh other than 'always'."""
 
     canvas: jax.Array
     feedback: Feedback | None
@@ -40,6 +40,25 @@ class Carry(flax.struct.PyTreeNode):
     forwards: jax.Array
     hidden: jax.Array | None
     changed: jax.Array
+
+
+def check_fields(steps: int, feedback_source: str, refresh: str) -> None:
+    """ValueError for a field of `Sampler` out of range; also asked before there is a model."""
+    if steps < 1:
+        raise ValueError(f"sampling.steps: got {steps}, wanted at least 1")
+    for name, value, known in (
+        ("feedback_source", feedback_source, ("subs", "raw")),
+        ("refresh", refresh, ("always", "on_change", "on_batch_change")),
+    ):
+        if value not in known:
+            raise ValueError(f"sampling.{name}: got {value!r}, wanted one of {', '.join(map(repr, known))}")
+
+
+def uniforms(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """f32 in [0, 1), exact to 24 bits down to 2^-56. jax.random.uniform gives multiples of 2^-23, which truncates the
+    tail of an exponential race: candidates 16 nats below the best would tie."""
+    high, low = jax.random.bits(key, (2, *shape))
+    return jnp.minimum((high >> 8) * jnp.float32(2**-24) + low * jnp.float32(2**-56), jnp.float32(1 - 2**-24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +72,11 @@ class Sampler:
       use_feedback: False samples a soft-masked model like a binary one.
       feedback_source: what a re-masked position remembers. 'subs': the token it held, as a one-hot (the reference feeds
         back the carry-over distribution, so lambda is at its largest there); 'raw': the model's own prediction.
-      refresh: 'always' runs the model at every step. 'on_change' runs it only for rows whose canvas changed since their
-        last forward, and skips the forward when no row did: the reference's cache, but row by row. For a soft-masked
-        model the two differ: each forward is also a step of feedback.
+      refresh: when the model runs. For a soft-masked model the three differ: each forward is also a step of feedback.
+        'always': at every step.
+        'on_change': only for rows whose canvas changed since their last forward; skipped when no row did.
+        'on_batch_change': for all rows if any changed, the reference's cache. Its rows depend on each other, so it is
+        for parity alone; the two caches agree at batch size 1, that of the published runs.
     """
 
     denoiser: Denoiser
@@ -68,15 +89,10 @@ class Sampler:
     refresh: str = "always"
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps: got {self.steps}, wanted at least 1")
-        if self.feedback_source not in ("subs", "raw"):
-            raise ValueError(f"sampling.feedback_source: got {self.feedback_source!r}, wanted 'subs' or 'raw'")
-        if self.refresh not in ("always", "on_change"):
-            raise ValueError(f"sampling.refresh: got {self.refresh!r}, wanted 'always' or 'on_change'")
+        check_fields(self.steps, self.feedback_source, self.refresh)
         if self.use_feedback and self.denoiser.softmask is None:
             raise ValueError(
-                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or config.softmask.on)"
+                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or softmask.p_sm > 0)"
             )
 
     def __call__(self, params: Any, key: jax.Array, canvas: jax.Array) -> Samples:
@@ -90,8 +106,7 @@ class Sampler:
 
         def body(carry: Carry, xs: tuple[jax.Array, Times]) -> tuple[Carry, None]:
             index, now = xs
-            draw_u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index), (2, canvas.shape[1])))
-            u = draw_u(row_keys)
+            u = jax.vmap(lambda k: uniforms(jax.random.fold_in(k, index), (2, canvas.shape[1])))(row_keys)
             return self.step(params, carry, now, prompt, u[:, 0], u[:, 1]), None
 
         xs = (jnp.arange(times.t.shape[0]), times)
@@ -108,9 +123,9 @@ class Sampler:
         return Carry(
             canvas=canvas,
             feedback=feedback,
-            policy=self.policy.init(canvas),
+            policy=self.policy.init(canvas == self.denoiser.mask_id),
             forwards=jnp.zeros((), jnp.int32),
-            hidden=hidden if self.refresh == "on_change" else None,
+            hidden=None if self.refresh == "always" else hidden,
             changed=jnp.ones(len(canvas), bool),
         )
 
@@ -130,7 +145,8 @@ class Sampler:
             forwards = carry.forwards + carry.changed.any()
         # 2. Draw a candidate for every masked position; 'raw' feedback also needs statistics where nothing is drawn.
         read = jnp.ones_like(masked) if self.use_feedback and self.feedback_source == "raw" else masked
-        draw = self.readout.draw(self.denoiser.head(params), hidden, read, u_token, self.filters)
+        readout = dataclasses.replace(self.readout, k=max(2, self.readout.k))  # two for the margin
+        draw = readout.draw(self.denoiser.head(params), hidden, read, u_token, self.filters)
         # 3. Commit and re-mask.
         commit, remask, policy = self.policy(u_move, canvas, masked, draw, times, carry.policy)
         commit, remask = commit & masked, remask & ~masked & ~prompt
@@ -138,18 +154,21 @@ class Sampler:
         # 4. What is masked now remembers this step's prediction.
         feedback = None
         if self.use_feedback:
-            feedback = draw.feedback
+            feedback = draw.feedback.first(self.readout.k)
             if self.feedback_source == "subs":
                 feedback = _remember_token(feedback, remask, canvas)
             feedback = feedback.replace(active=after == self.denoiser.mask_id)
             feedback = self.denoiser.softmask.attach(feedback, hidden)
+        changed = jnp.any(after != canvas, axis=1)
+        if self.refresh == "on_batch_change":
+            changed = jnp.broadcast_to(changed.any(), changed.shape)
         return Carry(
             canvas=after,
             feedback=feedback,
             policy=policy,
             forwards=forwards,
-            hidden=hidden if self.refresh == "on_change" else None,
-            changed=jnp.any(after != canvas, axis=1),
+            hidden=None if self.refresh == "always" else hidden,
+            changed=changed,
         )
 
     def finish(self, params: Any, carry: Carry) -> Samples:

@@ -1,7 +1,8 @@
 """Which positions are committed or masked again at a step of sampling. A new sampler is one class here.
 
-A policy is a frozen dataclass behind the protocol `Policy`; its randomness is one uniform per position, handed in, so
-that a run can be replayed and a row does not depend on its neighbours.
+A policy is a frozen dataclass behind the protocol `Policy`; its fields are config fields (config.sampling.eta, ...).
+Its randomness is one uniform per position, handed in, so that a run can be replayed and a row does not depend on its
+neighbours.
 
 Shapes: B examples, L positions, T steps.
 """
@@ -35,16 +36,17 @@ def linear_times(steps: int, end: float = 1e-5) -> Times:
 
 
 class Policy(Protocol):
-    """init(canvas) -> carry (a pytree of [B, ...] arrays, or ()); one step as below."""
+    """init(masked [B, L] bool, at the start) -> carry (a pytree of [B, ...] arrays, or ()); one step as below."""
 
-    def init(self, canvas: jax.Array) -> Any: ...
+    def init(self, masked: jax.Array) -> Any: ...
 
     def __call__(
         self, u: jax.Array, canvas: jax.Array, masked: jax.Array, draw: Draw, times: Times, carry: Any
     ) -> tuple[jax.Array, jax.Array, Any]:
         """(commit [B, L] bool, remask [B, L] bool, carry).
 
-        u: [B, L] uniforms in [0, 1). canvas: [B, L] i32. masked: [B, L] bool. draw: candidates for masked positions.
+        u: [B, L] uniforms in [0, 1), fine near 0 (loop.uniforms). canvas: [B, L] i32. masked: [B, L] bool.
+        draw: candidates for masked positions.
         """
         ...
 
@@ -53,7 +55,7 @@ class Policy(Protocol):
 class Ancestral:
     """MDLM: a masked position is committed with probability (t - s) / t, a committed one stays."""
 
-    def init(self, canvas: jax.Array) -> Any:
+    def init(self, masked: jax.Array) -> Any:
         return ()
 
     def __call__(
@@ -68,18 +70,9 @@ class _ReMDM:
 
     With a = 1 - t, the chance to be visible: commit (a_s - (1 - sigma) a_t) / (1 - a_t), so that the share of visible
     tokens follows the schedule whatever sigma. sigma_max = min(1, (1 - a_s) / a_t) keeps that mass non-negative.
-
-    Attributes:
-      eta: how much is re-masked; its meaning is the subclass's.
     """
 
-    eta: float = 0.04
-
-    def __post_init__(self):
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"sampling.eta: got {self.eta}, wanted 0 <= eta <= 1")
-
-    def init(self, canvas: jax.Array) -> Any:
+    def init(self, masked: jax.Array) -> Any:
         return ()
 
     def sigma(self, sigma_max: jax.Array, carry: Any) -> jax.Array:
@@ -102,9 +95,19 @@ def _move(
     return jnp.broadcast_to(u < commit, masked.shape), jnp.broadcast_to(u < sigma, masked.shape)
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"sampling.{name}: got {value}, wanted 0 <= {name} <= 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cap(_ReMDM):
     """sigma = min(eta, sigma_max); the paper's eta is .04 at NFE 128, 256 and 512."""
+
+    eta: float = 0.04
+
+    def __post_init__(self):
+        _check_share("eta", self.eta)
 
     def sigma(self, sigma_max: jax.Array, carry: Any) -> jax.Array:
         return jnp.minimum(self.eta, sigma_max)
@@ -115,6 +118,9 @@ class Rescale(_ReMDM):
     """sigma = eta * sigma_max."""
 
     eta: float = 0.015
+
+    def __post_init__(self):
+        _check_share("eta", self.eta)
 
     def sigma(self, sigma_max: jax.Array, carry: Any) -> jax.Array:
         return self.eta * sigma_max
@@ -127,8 +133,8 @@ class Confidence(_ReMDM):
     The carry [B, L] is minus the probability a token was drawn with; -inf where masked, whose share is 0.
     """
 
-    def init(self, canvas: jax.Array) -> Any:
-        return jnp.full(canvas.shape, -jnp.inf)
+    def init(self, masked: jax.Array) -> Any:
+        return jnp.full(masked.shape, -jnp.inf)
 
     def __call__(
         self, u: jax.Array, canvas: jax.Array, masked: jax.Array, draw: Draw, times: Times, carry: Any
@@ -166,7 +172,7 @@ class Loop:
                 "0 <= eta <= (1 - alpha_on) / alpha_on"
             )
 
-    def init(self, canvas: jax.Array) -> Any:
+    def init(self, masked: jax.Array) -> Any:
         return ()
 
     def __call__(
@@ -193,7 +199,7 @@ def _below(x: float) -> np.float32:
 class ForwardBackward:
     """FB: a step of the backward process, then one of the forward process: sigma = (a_s - a_t) / a_t, at most 1."""
 
-    def init(self, canvas: jax.Array) -> Any:
+    def init(self, masked: jax.Array) -> Any:
         return ()
 
     def __call__(
@@ -202,3 +208,97 @@ class ForwardBackward:
         visible_t, visible_s = 1 - times.t, 1 - times.s
         sigma = jnp.minimum(1.0, (visible_s - visible_t) / jnp.maximum(visible_t, 1e-30))
         return _move(u, visible_t, visible_s, sigma, masked) + (carry,)
+
+
+# ------------------------------------------------------------------------------------------ a number of tokens per step
+
+
+class _Counted:
+    """Unmasks a set number of positions per step and row, those of the highest score; nothing is masked again.
+
+    The carry [B] is how many masks each row began with. After a step to s, round(that * s) of them remain: the count
+    follows the schedule exactly, row by row (Dream's public code takes the mean over the batch instead).
+    """
+
+    def init(self, masked: jax.Array) -> Any:
+        return masked.sum(1)
+
+    def score(self, u: jax.Array, draw: Draw) -> jax.Array:
+        raise NotImplementedError
+
+    def count(self, left: jax.Array, wanted: jax.Array) -> jax.Array:
+        """Positions to unmask [B], when `left` are masked and `wanted` should be after this step."""
+        return left - wanted
+
+    def __call__(
+        self, u: jax.Array, canvas: jax.Array, masked: jax.Array, draw: Draw, times: Times, carry: Any
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        count = self.count(masked.sum(1), jnp.round(carry * times.s).astype(jnp.int32))
+        best = jnp.argsort(jnp.where(masked, self.score(u, draw), -jnp.inf), axis=1, descending=True)
+        rank = jnp.argsort(best, axis=1)  # ranks, not a threshold: ties must not change the count
+        return rank < count[:, None], jnp.zeros_like(masked), carry
+
+
+@dataclasses.dataclass(frozen=True)
+class _Confident(_Counted):
+    """The positions the model is surest of; the measures are of the unfiltered distribution at temperature 1.
+
+    Attributes:
+      order_temperature: 0 takes the largest confidences. T > 0 draws positions one after another without replacement,
+        with probabilities softmax(confidence / T) over those still masked: the largest of confidence / T + Gumbel.
+    """
+
+    order_temperature: float = 0.0
+
+    def __post_init__(self):
+        if not self.order_temperature >= 0:
+            raise ValueError(f"sampling.order_temperature: got {self.order_temperature}, wanted >= 0 (0: no noise)")
+
+    def confidence(self, draw: Draw) -> jax.Array:
+        raise NotImplementedError
+
+    def score(self, u: jax.Array, draw: Draw) -> jax.Array:
+        if self.order_temperature == 0:
+            return self.confidence(draw)
+        # The exponential -log(1 - u) is accurate where it counts, near 0; log(-log(u)) would cut the winners' tail.
+        return self.confidence(draw) / self.order_temperature - jnp.log(-jnp.log1p(-u))
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxProbability(_Confident):
+    """Confidence is the largest probability (MaskGIT)."""
+
+    def confidence(self, draw: Draw) -> jax.Array:
+        return draw.feedback.probs[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(_Confident):
+    """Confidence is the largest probability minus the second largest."""
+
+    def confidence(self, draw: Draw) -> jax.Array:
+        return draw.feedback.probs[..., 0] - draw.feedback.probs[..., 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(_Confident):
+    """Confidence is minus the entropy, in nats."""
+
+    def confidence(self, draw: Draw) -> jax.Array:
+        return draw.feedback.neg_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstHitting(_Counted):
+    """First-hitting sampler (Zheng et al. 2024): one uniformly chosen position per event, one event per forward.
+
+    Of n masks each is the next to be hit with chance 1 / n, at t u^(1/n); a model without time conditioning does not
+    see when, so the times need not be drawn. A row with n masks is done after n steps; with fewer steps than masks the
+    events that the schedule puts into one step share its forward.
+    """
+
+    def score(self, u: jax.Array, draw: Draw) -> jax.Array:
+        return u
+
+    def count(self, left: jax.Array, wanted: jax.Array) -> jax.Array:
+        return jnp.maximum(left - wanted, jnp.minimum(left, 1))
