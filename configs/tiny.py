@@ -20,8 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = dict(
         name="muon", lr=4e-3, muon_lr=0.02, lr_softmask=0.02, warmup=50, decay="linear", final_lr=0.05, ema_decay=0.99
     )
-    config.train = dict(steps=800, log_every=50, save_every=200, seed=0, accumulate=1, update_budget="iso_update")
-    config.sampling = dict(steps=64, temperature=0.8, top_p=0.9, count=8, seed=0, prompt="", policy="mdlm")
+    config.train = dict(steps=1000, log_every=50, save_every=200, seed=0, accumulate=1, update_budget="iso_update")
+    # Re-masking for four steps per token: a model this small needs second thoughts for its words.
+    config.sampling = dict(
+        policy="remdm_cap", eta=0.02, steps=256, temperature=0.6, top_p=0.9, count=8, seed=0, prompt=""
+    )
     config.eval = dict(blocks=512, batch_size=128)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config
