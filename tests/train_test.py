@@ -217,7 +217,9 @@ def keep_signal_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def loop(step_fn, state, steps, *, start=0, checkpointer=None, writer=None, evaluate=lambda _: {}, **config):
+def loop(
+    step_fn, state, steps, *, start=0, checkpointer=None, writer=None, evaluate=lambda _: {}, pending=(), **config
+):
     """`run` on batches that depend on their number alone: (final state, tokens/s, writer, checkpointer)."""
     writer, checkpointer = writer or FakeWriter(), checkpointer or FakeCheckpointer()
 
@@ -239,6 +241,7 @@ def loop(step_fn, state, steps, *, start=0, checkpointer=None, writer=None, eval
         writer=writer,
         meta={},
         evaluate=evaluate,
+        pending=pending,
     )
     return state, speed, writer, checkpointer
 
@@ -271,7 +274,7 @@ def test_resumed_run_is_the_straight_run(training, tmp_path):
     again = Checkpointer(tmp_path, keep=2)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh())
     state, data, meta = again.restore(abstract)
-    assert data == {"next_index": 4} and int(state.step) == 4
+    assert data == {"next_index": 4, "pending": []} and int(state.step) == 4
     resumed, _, second, _ = loop(step, state, 8, start=data["next_index"], checkpointer=again)
     again.close()
     assert_identical(resumed, straight)
@@ -306,7 +309,7 @@ def test_what_the_loop_writes_and_saves():
 
     state, speed, writer, checkpointer = loop(counting_step(), START, 11, eval_every=6, evaluate=evaluate)
     assert state.step == 11 and speed > 0
-    assert checkpointer.saved == [(s, {"next_index": s}) for s in (4, 8, 11)]
+    assert checkpointer.saved == [(s, {"next_index": s, "pending": []}) for s in (4, 8, 11)]
     assert evaluated == [6]
     assert [s for s, values in writer.lines if "train/loss" in values] == [2, 4, 6, 8, 10, 11]
     assert [s for s, values in writer.lines if "val/x" in values] == [6]
@@ -320,18 +323,29 @@ def test_a_finished_run_does_nothing():
 
 
 def test_sigterm_saves_and_ends_with_status_zero():
-    """At the next log point, whether or not it is one of saving."""
-    plain, checkpointer, writer = counting_step(), FakeCheckpointer(), FakeWriter()
+    """After the update under way, whether or not it is a log point; the next run logs what the straight one does."""
+    plain, checkpointer, writer, straight = counting_step(), FakeCheckpointer(), FakeWriter(), FakeWriter()
+
+    def numbered(state, batch):
+        state, metrics = plain(state, batch)
+        return state, {**metrics, "train/grad_norm": jnp.float32(state.step**2)}
 
     def step(state, batch):
         if state.step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(state, batch)
+        return numbered(state, batch)
 
     with pytest.raises(SystemExit) as stop:
-        loop(step, START, 100, checkpointer=checkpointer, writer=writer)
+        loop(step, START, 100, log_every=4, checkpointer=checkpointer, writer=writer)
     assert stop.value.code == 0
-    assert checkpointer.saved == [(s, {"next_index": s}) for s in (4, 8, 10)] and writer.closed
+    assert [s for s, _ in checkpointer.saved] == [4, 8, 9] and writer.closed
+    data = checkpointer.saved[-1][1]
+    assert data["next_index"] == 9 and json.loads(json.dumps(data["pending"])) == [
+        {"train/loss": 1.0, "train/grad_norm": 81.0}
+    ]
+    loop(numbered, types.SimpleNamespace(step=9), 12, log_every=4, writer=writer, pending=data["pending"])
+    loop(numbered, START, 12, log_every=4, writer=straight)
+    assert untimed(writer.lines) == untimed(straight.lines)
 
 
 def test_the_signal_handler_is_put_back():
