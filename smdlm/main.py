@@ -84,6 +84,8 @@ def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, me
     else:
         state = experiment.init_state()
     chief = jax.process_index() == 0
+    if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
+        (workdir / "summary.json").unlink(missing_ok=True)
     writer = Writer(workdir, total_steps=experiment.steps, enabled=chief, start_step=start_step)
 
     def validate(state: Any) -> dict[str, float]:

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -379,56 +377,6 @@ def test_the_signal_handler_is_put_back_after_a_bad_loss():
 def test_fields_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
         TrainConfig(**{"steps": 10, **wrong})
-
-
-# Many devices
-
-DEVICES = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import jax
-from conftest import READOUT, make_batch, make_denoiser, make_training
-from smdlm.objective import SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, batch_sharding
-
-assert jax.device_count() == 8
-objective = SoftMaskedDiffusion(make_denoiser(), READOUT, 0.5)
-curves, spread = {}, {}
-for name, axes in (("1", {}), ("data", {"data": 8}), ("mixed", {"data": 2, "fsdp": 2, "tensor": 2})):
-    mesh = MeshConfig(**axes).make(jax.devices()[:1] if name == "1" else None)
-    # A large eps: Adam turns rounding into steps of the full learning rate where a gradient is nearly zero.
-    step, fresh = make_training(objective, mesh=mesh, eps=0.1)
-    state, curve = fresh(), []
-    with jax.set_mesh(mesh):
-        for i in range(5):
-            batch = jax.device_put(make_batch(8, seed=i), batch_sharding(mesh))
-            state, metrics = step(state, batch)
-            curve.append([float(metrics[k]) for k in ("train/loss", "train/masked", "train/feedback")])
-    kernel = state.params["backbone"]["blocks"]["mlp_in"]["kernel"]
-    spread[name] = [list(kernel.shape), list(kernel.addressable_shards[0].data.shape)]
-    adam = [x for k, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
-            if "nu" in str(k) and "mlp_in" in str(k) and "kernel" in str(k)]
-    assert [x.sharding for x in adam] == [kernel.sharding]
-    curves[name] = curve
-print(json.dumps([curves, spread]))
-"""
-
-
-def test_eight_devices_give_the_curve_of_one():
-    """Virtual CPU devices: shows that sharding changes neither noise nor sums beyond rounding. It proves nothing about
-    several processes, nor about speed, nor about the collectives of a real interconnect."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(ROOT / "tests")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    curves, spread = json.loads(done.stdout.splitlines()[-1])
-    losses = {name: np.array(curve) for name, curve in curves.items()}
-    assert np.ptp(losses["1"][:, 0]) > 1e-2
-    for name in ("data", "mixed"):
-        np.testing.assert_allclose(losses[name], losses["1"], rtol=1e-5)
-    assert spread["mixed"] == [[2, 16, 64], [2, 8, 32]] and spread["data"] == [[2, 16, 64], [2, 16, 64]]
 
 
 def test_vocabulary_is_larger_than_any_width():
