@@ -32,11 +32,11 @@ def child(folder):
     from conftest import READOUT, make_batch, make_denoiser, make_params, make_training
 
     from smdlm.checkpoint import Checkpointer
-    from smdlm.evaluate.likelihood import EvalConfig, likelihood
+    from smdlm.evaluate.likelihood import EvalConfig, _estimators, likelihood
     from smdlm.objective import SoftMaskedDiffusion
     from smdlm.partition import MeshConfig, fetch, local_rows, place, put
     from smdlm.sampling.loop import Sampler
-    from smdlm.sampling.policies import Ancestral
+    from smdlm.sampling.policies import Ancestral, linear_times
 
     assert jax.device_count() == 8
     # 23 tokens padded to 24, so that the vocabulary divides by the tensor axis.
@@ -88,7 +88,8 @@ def child(folder):
 
     denoiser = make_denoiser(**sizes)
     objective = SoftMaskedDiffusion(denoiser, READOUT, 0.5)
-    sampler = Sampler(denoiser, READOUT, Ancestral(), steps=6)
+    sampler, evaluation = Sampler(denoiser, READOUT, Ancestral(), steps=6), EvalConfig(chain=2)
+    slower = jax.tree.map(lambda x: x**2, linear_times(6))  # other values of the schedule
     batch = {key: np.asarray(value) for key, value in make_batch(8, vocab=23).items()}
     for name in ("one", "mixed"):
         mesh = meshes[name]
@@ -97,15 +98,19 @@ def child(folder):
         with jax.set_mesh(mesh):
             for rows in (8, 3):  # 3 rows do not divide: replicated
                 part = {key: value[:rows] for key, value in batch.items()}
-                estimates = likelihood(
-                    objective, params, [part, part], np.ones(23), EvalConfig(chain=2), lambda x, m=mesh: place(m, x)
-                )
+                for _ in range(2):
+                    estimates = likelihood(
+                        objective, params, [part, part], np.ones(23), evaluation, lambda x, m=mesh: place(m, x)
+                    )
                 result["estimates"][f"{name}, {rows} rows"] = [e.nats_per_token for e in estimates.values()]
             for rows in (8, 8, 3):
                 canvas = place(mesh, np.full((rows, 8), denoiser.mask_id, np.int32))
                 samples = fetch(sampler(params, jax.random.key(1), canvas).tokens)
                 result["samples"][f"{name}, {rows} rows"] = samples.tolist()
-    result["compiled"]["sampler"] = Sampler.run._cache_size()
+                sampler.run(params, jax.random.key(2), canvas, slower)
+    result["compiled"]["sampler"] = Sampler.run._cache_size() / 4
+    for name, estimator in _estimators(objective, evaluation).items():
+        result["compiled"][name] = estimator._cache_size() / 4
     print(json.dumps(result))
 
 
@@ -176,10 +181,9 @@ def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight):
 
 @pytest.mark.slow
 def test_every_program_is_compiled_once(eight):
-    """Twenty steps, one program; the sampler: one for each mesh and number of rows."""
-    compiled = dict(eight["compiled"])
-    assert compiled.pop("sampler") == 4
-    assert set(compiled.values()) == {1}, compiled
+    """Twenty steps, one program; the sampler (whatever its schedule) and each estimate: one for each mesh and size."""
+    assert len(eight["compiled"]) == 6 + 1 + 3
+    assert set(eight["compiled"].values()) == {1}, eight["compiled"]
 
 
 if __name__ == "__main__":
