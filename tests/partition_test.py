@@ -109,7 +109,7 @@ def child(folder):
                 result["samples"][f"{name}, {rows} rows"] = samples.tolist()
                 sampler.run(params, jax.random.key(2), canvas, slower)
     result["compiled"]["sampler"] = Sampler.run._cache_size() / 4
-    for name, estimator in _estimators(objective, evaluation).items():
+    for name, estimator in _estimators(objective, evaluation.chain).items():
         result["compiled"][name] = estimator._cache_size() / 4
     print(json.dumps(result))
 
