@@ -245,11 +245,11 @@ def _report(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -
 
 def main(_: Sequence[str]) -> None:
     config = read(CONFIG.value)
+    cpu.keep_memory()
     if DISTRIBUTED.value:
         runtime.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     elif any(flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)):
         raise ValueError("--coordinator, --num_processes, --process_id: got a value, wanted --distributed beside it")
-    cpu.keep_memory()
     chief = jax.process_index() == 0
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or f"runs/{name}")
