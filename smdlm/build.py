@@ -25,7 +25,16 @@ from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate.likelihood import EvalConfig, check_omega
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, batch_sharding, param_shardings, replicated, state_shardings
+from smdlm.partition import (
+    MeshConfig,
+    batch_shards,
+    local_rows,
+    param_shardings,
+    place,
+    put,
+    replicated,
+    state_shardings,
+)
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
 from smdlm.sampling.loop import ARSampler, Sampler, check_fields
@@ -332,8 +341,7 @@ class Experiment:
             batch_size=data.batch_size,
             seed=data.seed,
             start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(self.mesh, data.batch_size),
         )
 
     def eval_batches(self) -> Any:
@@ -343,9 +351,12 @@ class Experiment:
         return batches(blocks, batch_size=size, seed=0, shuffle=False, repeat=False)
 
     def put(self, batch: dict[str, np.ndarray]) -> Any:
-        """Host rows -> one global array per entry, split over the data axes."""
-        sharding = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        """This process's rows of a training batch -> one global array per entry."""
+        return put(self.mesh, batch, self.config.data.batch_size)
+
+    def place(self, tree: Any) -> Any:
+        """Arrays that every process holds whole (evaluation batches, canvases) -> global arrays."""
+        return place(self.mesh, tree)
 
 
 def _place(tree: Any, shardings: Any) -> Any:
@@ -354,6 +365,13 @@ def _place(tree: Any, shardings: Any) -> Any:
 
 def build(config: Config, cache_dir: Path) -> Experiment:
     """Loads the data and assembles model, objective, optimizer and sampler. Raises ValueError on what does not fit."""
+    mesh = config.mesh.make()
+    parts = batch_shards(mesh) * config.train.accumulate
+    if config.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size: got {config.data.batch_size}, wanted a multiple of {parts} (mesh.data x mesh.fsdp = "
+            f"{batch_shards(mesh)}, times train.accumulate)"
+        )
     data = load(config.data, cache_dir)
     tokenizer = data.tokenizer
     vocab = tokenizer.model_vocab_size
@@ -376,7 +394,7 @@ def build(config: Config, cache_dir: Path) -> Experiment:
         objective=objective,
         optimizer=make_optimizer(config.optimizer, config.train.updates(config.softmask.p_sm)),
         sampler=make_sampler(config, denoiser, tokenizer.bos_id),
-        mesh=config.mesh.make(),
+        mesh=mesh,
     )
 
 

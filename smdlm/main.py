@@ -2,13 +2,15 @@
 
     python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample] [--config.x.y=z]
 
-Running the same command again continues an unfinished run and prints the summary of a finished one.
+Running the same command again continues an unfinished run and prints the summary of a finished one. On several hosts
+the same command runs on each, with --distributed and a workdir that all of them see.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -17,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from smdlm import cpu
+from smdlm import cpu, runtime
 from smdlm.build import Experiment, build, read
 from smdlm.checkpoint import CheckpointDamaged, Checkpointer
 from smdlm.evaluate.likelihood import Estimate, likelihood, weights
+from smdlm.partition import fetch
 from smdlm.train import NonFiniteLoss, run
 from smdlm.writer import Writer
 
@@ -36,6 +38,10 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, each started with this command.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Where the cluster does not tell.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "0 .. num_processes - 1, where the cluster does not tell.")
 
 
 def evaluate(experiment: Experiment, params: Any) -> dict[str, Estimate]:
@@ -46,7 +52,7 @@ def evaluate(experiment: Experiment, params: Any) -> dict[str, Estimate]:
         experiment.eval_batches(),
         experiment.data.tokenizer.token_bytes,
         experiment.config.eval,
-        experiment.put,
+        experiment.place,
     )
 
 
@@ -59,18 +65,17 @@ def sample(experiment: Experiment, params: Any) -> tuple[list[str], int]:
         raise ValueError(f"sampling.prompt: got {len(prompt)} tokens, wanted fewer than data.seq_len = {length}")
     canvas = np.full((config.count, length), experiment.denoiser.mask_id, np.int32)
     canvas[:, : len(prompt)] = prompt
-    samples = experiment.sampler(params, jax.random.key(config.seed), jnp.asarray(canvas))
-    return [tokenizer.decode(row) for row in np.asarray(samples.tokens)], int(samples.forwards)
+    samples = experiment.sampler(params, jax.random.key(config.seed), experiment.place(canvas))
+    return [tokenizer.decode(row) for row in fetch(samples.tokens)], int(samples.forwards)
 
 
 def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, meta: dict[str, Any]) -> None:
     config, begin = experiment.config, time.time()
-    previous = 0.0
-    start_step = 0
+    previous, start_step, pending = 0.0, 0, []
     if checkpointer.latest_step() is not None:
         state, data, saved = checkpointer.restore(experiment.abstract_state())
         experiment.check_vocabulary(saved)
-        start_step, previous = data["next_index"], saved.get("wall_s", 0.0)
+        start_step, pending, previous = data["next_index"], data.get("pending", []), saved.get("wall_s", 0.0)
         logging.info("continuing at step %d", start_step)
     elif config.train.init_from:
         state, line = experiment.continue_from(_init_source(config.train.init_from))
@@ -79,6 +84,8 @@ def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, me
     else:
         state = experiment.init_state()
     chief = jax.process_index() == 0
+    if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
+        (workdir / "summary.json").unlink(missing_ok=True)
     writer = Writer(workdir, total_steps=experiment.steps, enabled=chief, start_step=start_step)
 
     def validate(state: Any) -> dict[str, float]:
@@ -98,6 +105,7 @@ def _train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, me
         writer=writer,
         meta=meta,
         evaluate=validate,
+        pending=pending,
     )
     estimates = evaluate(experiment, weights(state.ema, state.params, config.eval.omega))
     writer.scalars(experiment.steps, _scalars(estimates))
@@ -216,21 +224,49 @@ def _finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str
     return summary if summary.get("steps") == steps and checkpointer.latest_step() == steps else None
 
 
+def _report(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -> None:
+    """--mode=eval and --mode=sample."""
+    config, chief = experiment.config, jax.process_index() == 0
+    omega = config.eval.omega if MODE.value == "eval" else config.sampling.omega
+    params, step = _restore_weights(experiment, checkpointer, omega)
+    if chief:
+        live = ", live omega" if omega == "live" else ""
+        print(f"checkpoint of step {step} in {checkpointer.directory}, EMA weights{live}")
+    if MODE.value == "eval":
+        estimates = evaluate(experiment, params)
+        if chief:
+            _print_estimates({n: vars(e) | {"perplexity": e.perplexity} for n, e in estimates.items()})
+        return
+    texts, forwards = sample(experiment, params)
+    Writer(workdir, total_steps=step, enabled=chief).samples(step, texts)
+    for i, text in enumerate(texts if chief else ()):
+        print(f"\n--- sample {i + 1} ({forwards} forwards)\n{text.strip()}")
+
+
 def main(_: Sequence[str]) -> None:
     config = read(CONFIG.value)
     cpu.keep_memory()
+    if DISTRIBUTED.value:
+        runtime.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    elif any(flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)):
+        raise ValueError("--coordinator, --num_processes, --process_id: got a value, wanted --distributed beside it")
+    chief = jax.process_index() == 0
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or f"runs/{name}")
     directory = workdir / "checkpoints"
-    if OVERWRITE.value and MODE.value == "train" and directory.exists():
+    runtime.keep_compiled(workdir.parent / "compiled")
+    if OVERWRITE.value and MODE.value == "train" and directory.exists() and chief:
         shutil.rmtree(directory)
         (workdir / "summary.json").unlink(missing_ok=True)
+    snapshot = json.loads(CONFIG.value.to_json_best_effort())
+    runtime.meet(workdir, config=snapshot, mode=MODE.value)
     checkpointer = Checkpointer(directory, keep=config.train.keep)
     if MODE.value == "train":
         summary = _finished(workdir, checkpointer, config.train.updates(config.softmask.p_sm))
         if summary:
-            print(f"{workdir} holds a finished run (--overwrite starts anew):")
-            _print_summary(summary, workdir)
+            if chief:
+                print(f"{workdir} holds a finished run (--overwrite starts anew):")
+                _print_summary(summary, workdir)
             return
         if config.train.init_from and checkpointer.latest_step() is None:
             _init_source(config.train.init_from)  # before the data is read
@@ -239,35 +275,25 @@ def main(_: Sequence[str]) -> None:
             f"{MODE.value}: got no checkpoint in {directory}, wanted a trained run: --mode=train first"
         )
     experiment = build(config, workdir)
-    if MODE.value == "train":
-        tokenizer = experiment.data.tokenizer
-        meta = {
-            "config": json.loads(CONFIG.value.to_json_best_effort()),
-            "model": dataclasses.asdict(experiment.denoiser.model.config),
-            "tokenizer": tokenizer.fingerprint,
-            "content_hash": experiment.data.content_hash,
-        }
-        _train(experiment, workdir, checkpointer, meta)
-    else:
-        omega = config.eval.omega if MODE.value == "eval" else config.sampling.omega
-        params, step = _restore_weights(experiment, checkpointer, omega)
-        print(f"checkpoint of step {step} in {directory}, EMA weights" + (", live omega" if omega == "live" else ""))
-        if MODE.value == "eval":
-            _print_estimates(
-                {n: vars(e) | {"perplexity": e.perplexity} for n, e in evaluate(experiment, params).items()}
-            )
+    data = {"tokenizer": experiment.data.tokenizer.fingerprint, "content_hash": experiment.data.content_hash}
+    runtime.meet(workdir, **data, checkpoint=checkpointer.latest_step())
+    # The one place where the mesh is set: training, evaluation and sampling are traced and run under it.
+    with jax.set_mesh(experiment.mesh):
+        if MODE.value == "train":
+            model = dataclasses.asdict(experiment.denoiser.model.config)
+            _train(experiment, workdir, checkpointer, {"config": snapshot, "model": model, **data})
         else:
-            texts, forwards = sample(experiment, params)
-            writer = Writer(workdir, total_steps=step)
-            writer.samples(step, texts)
-            for i, text in enumerate(texts):
-                print(f"\n--- sample {i + 1} ({forwards} forwards)\n{text.strip()}")
+            _report(experiment, workdir, checkpointer)
     checkpointer.close()
 
 
 def _fail(error: BaseException) -> None:
     """One line (a mismatch lists its leaves below it), exit status 2."""
     print(f"error: {error}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        # The usual exit would wait for the other processes, which may be waiting for this one.
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
 
 

@@ -1,17 +1,20 @@
-"""Mesh, axis rules, shardings.
+"""Mesh, axis rules, shardings, and the way of arrays from the host to the devices and back.
 
 One mesh with the axes (data, fsdp, tensor). The batch is split over data and fsdp, parameters over fsdp and tensor by
-the logical names that the layers give their axes.
+the logical names that the layers give their axes. One process or many: `put`, `place` and `fetch` are the same calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,17 +72,90 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """NamedShardings for a boxed (nn.meta) parameter tree, concrete or abstract; structure of the unboxed tree."""
+def batch_shards(mesh: Mesh) -> int:
+    """Parts into which a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
-    def sharding(leaf):
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a global batch that this process's devices hold, ascending.
+
+    Read from the mesh: a mesh may order its devices by their wiring, and a tensor axis may span processes, which then
+    hold the same rows. batch_size must be a multiple of `batch_shards`.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def put(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """This process's `local_rows` of a batch -> global arrays, split over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays that every process holds whole -> global arrays, split over the batch axes where the rows divide.
+
+    Where they do not, every device gets (and computes) all of them: said once, in one warning.
+    """
+
+    def leaf(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        split = len(x) % batch_shards(mesh) == 0
+        if not split:
+            _warn_of_copies(len(x), batch_shards(mesh))
+        sharding = batch_sharding(mesh) if split else replicated(mesh)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+@functools.cache
+def _warn_of_copies(rows: int, shards: int) -> None:
+    logging.warning(
+        "got %d rows for %d parts of the mesh (data x fsdp), wanted a multiple: every device computes all of them "
+        "(eval.batch_size, sampling.count)",
+        *(rows, shards),
+    )
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A whole global array on every host; all processes must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def param_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """NamedShardings for a boxed (nn.meta) parameter tree, concrete or abstract; structure of the unboxed tree.
+
+    Raises:
+      ValueError: a logical axis without a rule; axes that do not divide by the mesh, every leaf listed.
+    """
+    uneven = []
+
+    def sharding(path, leaf):
         names = leaf.names if isinstance(leaf, nn.meta.AxisMetadata) else ()
         unknown = [n for n in names if n is not None and n not in RULES]
         if unknown:
             raise ValueError(f"partition: no rule for the logical axes {unknown}; add them to partition.RULES")
-        return NamedSharding(mesh, PartitionSpec(*(RULES[n] if n else None for n in names)))
+        axes = [RULES[n] if n else None for n in names]
+        for name, axis, size in zip(names, axes, leaf.value.shape if names else (), strict=True):
+            if axis and size % mesh.shape[axis]:
+                uneven.append(f"  {'/'.join(_names(path))}: {name} {size}, {axis} {mesh.shape[axis]}")
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    shardings = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_boxed)
+    if uneven:
+        raise ValueError(
+            f"mesh: got {len(uneven)} parameters with axes that the mesh does not divide, wanted multiples: change "
+            "config.mesh, model.width, model.heads or model.vocab_multiple\n" + "\n".join(uneven)
+        )
+    return shardings
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, params: Any) -> Any:

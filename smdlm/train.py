@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smdlm.checkpoint import Checkpointer
@@ -143,19 +143,22 @@ def run(
     writer: Writer,
     meta: dict[str, Any],
     evaluate: Callable[[TrainState], dict[str, float]],
+    pending: Sequence[dict[str, float]] = (),
 ) -> tuple[TrainState, float]:
     """Trains from state.step to `steps`: (final state, tokens per second of this call, compilation left out).
 
     Metrics are fetched at log points only, one step late, so the device never waits for the host. SIGTERM (preemption)
-    ends the loop at the next log point with a checkpoint.
+    on any process ends the loop on all of them with a checkpoint after the same update, within a step or two. Its
+    `data` holds the metrics of the updates since the last log point; given back as `pending`, the logged curve is that
+    of a run without the interruption.
 
     Raises:
       NonFiniteLoss: within one logging interval; nothing has been saved since the last finite log point.
       SystemExit: after SIGTERM, with the state saved.
     """
-    stop = _StopSignal()
+    stop = StopSignal()
     step = start = int(state.step)
-    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    pending = list(pending)
     clock = first_clock = None
     spent_elsewhere = 0.0  # saving and evaluating
     while step < steps:
@@ -166,28 +169,30 @@ def run(
             # The first step compiles; the clock starts when it is done.
             jax.block_until_ready(metrics)
             clock = first_clock = time.perf_counter()
-        if step % config.log_every and step != steps:
+            clock_step = step
+        last, stopped = step == steps, stop.reached(step)
+        log = last or step % config.log_every == 0
+        if not (log or stopped):
             continue
-        values = {name: np.mean([float(m[name]) for m in pending]) for name in pending[-1]}
-        count = len(pending)
-        pending.clear()
+        pending = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
+        values = {name: np.mean([metrics[name] for metrics in pending]) for name in pending[-1]}
         if not np.isfinite(values["train/loss"]):
             checkpointer.wait()
             stop.restore()
             raise NonFiniteLoss(
-                f"training: got loss {values['train/loss']} between steps {step - count + 1} and {step}, wanted a "
-                f"finite number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
+                f"training: got loss {values['train/loss']} between steps {step - len(pending) + 1} and {step}, wanted "
+                f"a finite number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
                 f"{checkpointer.latest_step()}"
             )
         now = time.perf_counter()
-        timed = count - 1 if step - count == start else count
-        values["train/tokens_per_s"] = tokens_per_batch * timed / max(now - clock, 1e-9)
-        writer.scalars(step, values)
-        writer.progress(step, values)
-        clock = now
-        last, stopped = step == steps, stop.requested
+        if log:
+            values["train/tokens_per_s"] = tokens_per_batch * (step - clock_step) / max(now - clock, 1e-9)
+            writer.scalars(step, values)
+            writer.progress(step, values)
+            pending = []
+        clock, clock_step = now, step
         if step % config.save_every == 0 or last or stopped:
-            checkpointer.save(step, state, data={"next_index": step}, meta=meta)
+            checkpointer.save(step, state, data={"next_index": step, "pending": [*pending]}, meta=meta)
         if stopped and not last:
             checkpointer.wait()
             writer.close()
@@ -203,19 +208,29 @@ def run(
     return state, tokens_per_batch * timed_steps / seconds if seconds > 0 else 0.0
 
 
-class _StopSignal:
-    """Remembers SIGTERM, the notice of preemption on pods and clusters."""
+class StopSignal:
+    """Notices SIGTERM, the notice of preemption on pods and clusters.
+
+    One process: a handler of its own. Several: jax's, which hands the notice to all processes and lets them agree on
+    the step at which they stop.
+    """
 
     def __init__(self):
-        self.requested = False
+        self._requested = False
         self._previous = None
+        if jax.distributed.is_initialized():
+            return
         try:
             self._previous = signal.signal(signal.SIGTERM, self._set)
         except ValueError:
             pass  # not the main thread (a notebook, a test): no handler
 
     def _set(self, *_: Any) -> None:
-        self.requested = True
+        self._requested = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked at every step, by every process."""
+        return self._requested or multihost_utils.reached_preemption_sync_point(step)
 
     def restore(self) -> None:
         if self._previous is not None:

@@ -1,9 +1,14 @@
 """Micro models, data and assertions shared by the tests of the core."""
 
 import os
+import shutil
+import tempfile
 
 # Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of the tests is XLA compiling. What several tests and their child processes compile is compiled once.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp("_smdlm")
 
 import flax.linen as nn
 import jax
@@ -19,6 +24,13 @@ from smdlm.state import OptimizerConfig, init_state, make_optimizer
 from smdlm.train import make_train_step
 
 V, MASK, B, L = 24, 23, 4, 8
+
+
+def pytest_unconfigure():
+    if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("_smdlm"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 # The paper's gate starts shut (scale 1e-6), which would hide what feedback does from every test.
 SOFTMASK = SoftMask(k=3, gate=EntropyGate(scale=0.6, centre=-2.0, steepness=2.0))
 READOUT = Readout(k=3, chunk=5)

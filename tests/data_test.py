@@ -468,19 +468,17 @@ def test_start_is_the_number_of_a_batch():
 
 
 @pytest.mark.parametrize("repeat", [True, False])
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_global_batch(count, repeat):
-    def run(index, of):
-        found = batches(
-            numbered(10), batch_size=4, seed=3, repeat=repeat, process_index=index, process_count=of, start=1
-        )
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0, 3], [1, 2]], [[0], [1], [2], [3]]])
+def test_processes_share_the_global_batch(parts, repeat):
+    def run(rows):
+        found = batches(numbered(10), batch_size=4, seed=3, repeat=repeat, rows=rows, start=1)
         return [next(found) for _ in range(2)]
 
-    whole = run(0, 1)
-    parts = [run(index, count) for index in range(count)]
-    for n in range(2):
-        for key in ("tokens", "valid"):
-            np.testing.assert_array_equal(np.concatenate([part[n][key] for part in parts]), whole[n][key])
+    whole = run(None)
+    for rows in parts:
+        for part, batch in zip(run(np.array(rows)), whole, strict=True):
+            for key in ("tokens", "valid"):
+                np.testing.assert_array_equal(part[key], batch[key][rows])
     assert whole[1]["valid"].tolist() == [True, True, repeat, repeat]
 
 
@@ -498,8 +496,8 @@ def test_a_single_pass_pads_its_last_batch():
     ("options", "message"),
     [
         ({"blocks": numbered(0)}, "got no blocks"),
-        ({"process_count": 3}, "got batch_size 4, wanted a multiple of the 3 processes"),
-        ({"process_count": 2, "process_index": 2}, "got process 2 of 2"),
+        ({"batch_size": 0}, "got batch_size 0"),
+        ({"rows": np.array([1, 4])}, r"got rows \[1, 4\], wanted some of 0 .. 3"),
         ({"start": -1}, "got start -1"),
     ],
 )

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -217,7 +215,9 @@ def keep_signal_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def loop(step_fn, state, steps, *, start=0, checkpointer=None, writer=None, evaluate=lambda _: {}, **config):
+def loop(
+    step_fn, state, steps, *, start=0, checkpointer=None, writer=None, evaluate=lambda _: {}, pending=(), **config
+):
     """`run` on batches that depend on their number alone: (final state, tokens/s, writer, checkpointer)."""
     writer, checkpointer = writer or FakeWriter(), checkpointer or FakeCheckpointer()
 
@@ -239,6 +239,7 @@ def loop(step_fn, state, steps, *, start=0, checkpointer=None, writer=None, eval
         writer=writer,
         meta={},
         evaluate=evaluate,
+        pending=pending,
     )
     return state, speed, writer, checkpointer
 
@@ -271,7 +272,7 @@ def test_resumed_run_is_the_straight_run(training, tmp_path):
     again = Checkpointer(tmp_path, keep=2)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh())
     state, data, meta = again.restore(abstract)
-    assert data == {"next_index": 4} and int(state.step) == 4
+    assert data == {"next_index": 4, "pending": []} and int(state.step) == 4
     resumed, _, second, _ = loop(step, state, 8, start=data["next_index"], checkpointer=again)
     again.close()
     assert_identical(resumed, straight)
@@ -306,7 +307,7 @@ def test_what_the_loop_writes_and_saves():
 
     state, speed, writer, checkpointer = loop(counting_step(), START, 11, eval_every=6, evaluate=evaluate)
     assert state.step == 11 and speed > 0
-    assert checkpointer.saved == [(s, {"next_index": s}) for s in (4, 8, 11)]
+    assert checkpointer.saved == [(s, {"next_index": s, "pending": []}) for s in (4, 8, 11)]
     assert evaluated == [6]
     assert [s for s, values in writer.lines if "train/loss" in values] == [2, 4, 6, 8, 10, 11]
     assert [s for s, values in writer.lines if "val/x" in values] == [6]
@@ -320,18 +321,29 @@ def test_a_finished_run_does_nothing():
 
 
 def test_sigterm_saves_and_ends_with_status_zero():
-    """At the next log point, whether or not it is one of saving."""
-    plain, checkpointer, writer = counting_step(), FakeCheckpointer(), FakeWriter()
+    """After the update under way, whether or not it is a log point; the next run logs what the straight one does."""
+    plain, checkpointer, writer, straight = counting_step(), FakeCheckpointer(), FakeWriter(), FakeWriter()
+
+    def numbered(state, batch):
+        state, metrics = plain(state, batch)
+        return state, {**metrics, "train/grad_norm": jnp.float32(state.step**2)}
 
     def step(state, batch):
         if state.step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(state, batch)
+        return numbered(state, batch)
 
     with pytest.raises(SystemExit) as stop:
-        loop(step, START, 100, checkpointer=checkpointer, writer=writer)
+        loop(step, START, 100, log_every=4, checkpointer=checkpointer, writer=writer)
     assert stop.value.code == 0
-    assert checkpointer.saved == [(s, {"next_index": s}) for s in (4, 8, 10)] and writer.closed
+    assert [s for s, _ in checkpointer.saved] == [4, 8, 9] and writer.closed
+    data = checkpointer.saved[-1][1]
+    assert data["next_index"] == 9 and json.loads(json.dumps(data["pending"])) == [
+        {"train/loss": 1.0, "train/grad_norm": 81.0}
+    ]
+    loop(numbered, types.SimpleNamespace(step=9), 12, log_every=4, writer=writer, pending=data["pending"])
+    loop(numbered, START, 12, log_every=4, writer=straight)
+    assert untimed(writer.lines) == untimed(straight.lines)
 
 
 def test_the_signal_handler_is_put_back():
@@ -365,56 +377,6 @@ def test_the_signal_handler_is_put_back_after_a_bad_loss():
 def test_fields_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
         TrainConfig(**{"steps": 10, **wrong})
-
-
-# Many devices
-
-DEVICES = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import jax
-from conftest import READOUT, make_batch, make_denoiser, make_training
-from smdlm.objective import SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, batch_sharding
-
-assert jax.device_count() == 8
-objective = SoftMaskedDiffusion(make_denoiser(), READOUT, 0.5)
-curves, spread = {}, {}
-for name, axes in (("1", {}), ("data", {"data": 8}), ("mixed", {"data": 2, "fsdp": 2, "tensor": 2})):
-    mesh = MeshConfig(**axes).make(jax.devices()[:1] if name == "1" else None)
-    # A large eps: Adam turns rounding into steps of the full learning rate where a gradient is nearly zero.
-    step, fresh = make_training(objective, mesh=mesh, eps=0.1)
-    state, curve = fresh(), []
-    with jax.set_mesh(mesh):
-        for i in range(5):
-            batch = jax.device_put(make_batch(8, seed=i), batch_sharding(mesh))
-            state, metrics = step(state, batch)
-            curve.append([float(metrics[k]) for k in ("train/loss", "train/masked", "train/feedback")])
-    kernel = state.params["backbone"]["blocks"]["mlp_in"]["kernel"]
-    spread[name] = [list(kernel.shape), list(kernel.addressable_shards[0].data.shape)]
-    adam = [x for k, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
-            if "nu" in str(k) and "mlp_in" in str(k) and "kernel" in str(k)]
-    assert [x.sharding for x in adam] == [kernel.sharding]
-    curves[name] = curve
-print(json.dumps([curves, spread]))
-"""
-
-
-def test_eight_devices_give_the_curve_of_one():
-    """Virtual CPU devices: shows that sharding changes neither noise nor sums beyond rounding. It proves nothing about
-    several processes, nor about speed, nor about the collectives of a real interconnect."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(ROOT / "tests")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    curves, spread = json.loads(done.stdout.splitlines()[-1])
-    losses = {name: np.array(curve) for name, curve in curves.items()}
-    assert np.ptp(losses["1"][:, 0]) > 1e-2
-    for name in ("data", "mixed"):
-        np.testing.assert_allclose(losses[name], losses["1"], rtol=1e-5)
-    assert spread["mixed"] == [[2, 16, 64], [2, 8, 32]] and spread["data"] == [[2, 16, 64], [2, 16, 64]]
 
 
 def test_vocabulary_is_larger_than_any_width():

@@ -122,24 +122,22 @@ def _load_prepared(config: DataConfig) -> TextData:
 
 
 class _LocalBatches:
-    """This process's rows of every global batch from `start` on, as a random-access source."""
+    """The rows `local` of every global batch from `start` on, as a random-access source."""
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, process_index: int, process_count: int):
-        self._rows, self._batch_size, self._start = rows, batch_size, start
-        self._local = batch_size // process_count
-        self._offset = process_index * self._local
+    def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, local: np.ndarray):
+        self._rows, self._batch_size, self._start, self._local = rows, batch_size, start, local
         self._seq_len = len(rows[0])
 
     def __len__(self) -> int:
         return max(-(-len(self._rows) // self._batch_size) - self._start, 0)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = (self._start + index) * self._batch_size + self._offset
+        wanted = (self._start + index) * self._batch_size + self._local
         # Rows past the end exist only in the last batch of a single pass.
-        valid = np.arange(first, first + self._local) < len(self._rows)
-        tokens = np.zeros((self._local, self._seq_len), np.int32)
+        valid = wanted < len(self._rows)
+        tokens = np.zeros((len(wanted), self._seq_len), np.int32)
         for row in np.flatnonzero(valid):
-            tokens[row] = self._rows[first + int(row)]
+            tokens[row] = self._rows[int(wanted[row])]
         return {"tokens": tokens, "valid": valid}
 
 
@@ -151,13 +149,12 @@ def batches(
     start: int = 0,
     shuffle: bool = True,
     repeat: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """A grain iterator over {'tokens': int32 [B_local, L], 'valid': bool [B_local]}.
 
-    Global batch n is rows n*B .. (n+1)*B of the blocks, shuffled anew each epoch, and depends on (seed, n) alone;
-    process p of P gets its p-th contiguous part. With `repeat` every row is valid and batches run over the end of an
+    Global batch n is rows n*B .. (n+1)*B of the blocks, shuffled anew each epoch, and depends on (seed, n) alone; a
+    process reads only its own rows of it. With `repeat` every row is valid and batches run over the end of an
     epoch; without, the last batch is padded with id 0 and its real rows are marked in 'valid'.
 
     Args:
@@ -166,24 +163,24 @@ def batches(
       seed: of the shuffle, 0 <= seed < 2**32.
       start: number of the first batch to yield, reached without reading those before it.
       shuffle, repeat: both for training, neither for evaluation.
-      process_index, process_count: which part of every batch is wanted.
+      rows: which rows of every batch are wanted, in 0 .. B - 1; None for all of them.
 
     Raises:
-      ValueError: no blocks, a batch that does not divide among the processes, a number out of range.
+      ValueError: no blocks, a number out of range.
     """
     if not len(blocks):
         raise ValueError("batches: got no blocks, wanted at least one")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batches: got batch_size {batch_size}, wanted a multiple of the {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"batches: got process {process_index} of {process_count}, wanted 0 <= process < count")
+    if batch_size < 1:
+        raise ValueError(f"batches: got batch_size {batch_size}, wanted at least 1")
+    local = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(local) or local.min() < 0 or local.max() >= batch_size:
+        raise ValueError(f"batches: got rows {local.tolist()}, wanted some of 0 .. {batch_size - 1}")
     if start < 0:
         raise ValueError(f"batches: got start {start}, wanted the number of a batch, 0 or more")
-    rows = grain.MapDataset.source(blocks).seed(seed)
+    stream = grain.MapDataset.source(blocks).seed(seed)
     if shuffle:
-        rows = rows.shuffle()
+        stream = stream.shuffle()
     if repeat:
-        rows = rows.repeat()
-    local = _LocalBatches(rows, batch_size, start, process_index, process_count)
+        stream = stream.repeat()
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.source(local).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(_LocalBatches(stream, batch_size, start, local)).to_iter_dataset(options))

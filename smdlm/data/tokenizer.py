@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def bpe_tokenizer(size: int, corpus: Iterable[str], file: str | os.PathLike | No
         backend = _train_bpe(size, _sample(corpus))
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(f"{file}.{os.getpid()}.tmp")
+            temporary = Path(f"{file}.{uuid.uuid4().hex}.tmp")  # not the pid: two hosts may share the folder
             backend.save(str(temporary))
             os.replace(temporary, file)
     backend.encode_special_tokens = True  # a document that spells out <|endoftext|> does not end there

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
+from smdlm.partition import fetch
 from smdlm.softmask import Feedback
 
 
@@ -166,7 +167,7 @@ def likelihood(
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         placed = put(batch)
         for name, fn in estimators.items():
-            draws = [np.asarray(fn(params, jax.random.fold_in(key, d), placed)) for d in range(config.draws)]
+            draws = [fetch(fn(params, jax.random.fold_in(key, d), placed)) for d in range(config.draws)]
             sums[name].append(np.mean(draws, axis=0)[real])
     if not sizes:
         raise ValueError("evaluation: got no validation block, wanted at least one")

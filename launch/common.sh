@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# Sourced by the scripts of this folder: --dry-run, clear errors, and `experiment`, which the numbered scripts call.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$HERE")
+export ROOT
+DRY_RUN=${DRY_RUN:-}
+ARGS=()
+for argument in "$@"; do
+  case $argument in
+    --dry-run) DRY_RUN=1 ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) ARGS+=("$argument") ;;
+  esac
+done
+export DRY_RUN
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# need NAME 'what it is': the environment variable must be set.
+need() {
+  [[ -n ${!1:-} ]] || fail "$1: got nothing, wanted $2: $1=... $0 ..."
+}
+
+# do_ COMMAND...: prints it, quoted so that it can be pasted, and runs it unless this is a dry run.
+do_() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "+ ${line% }" >&2
+  [[ -n $DRY_RUN ]] || "$@"
+}
+
+# workdir_of FLAGS...: the run's --workdir, which every launched command must name.
+workdir_of() {
+  local flag
+  for flag in "$@"; do
+    if [[ $flag == --workdir=?* ]]; then
+      echo "${flag#--workdir=}"
+      return
+    fi
+  done
+  fail "flags of smdlm.main: got no --workdir, wanted --workdir=DIR, by which a stopped run is found again"
+}
+
+# trains FLAGS...: whether the command trains, and so is done only when its summary.json is there.
+trains() {
+  [[ " $* " != *" --mode=eval "* && " $* " != *" --mode=sample "* ]]
+}
+
+# experiment FLAGS...: one run of `python -m smdlm.main` where $LAUNCHER says: gpu (this machine), slurm or tpu_pod.
+experiment() {
+  local launcher=$HERE/${LAUNCHER:-gpu}.sh
+  [[ -x $launcher ]] || fail "LAUNCHER: got ${LAUNCHER:-}, wanted gpu, slurm or tpu_pod"
+  "$launcher" "$@"
+}
