@@ -12,4 +12,5 @@ def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.model.causal = True
     config.softmask = dict(p_sm=0.0)
+    config.sampling = dict(temperature=0.8, top_p=0.9, count=8, seed=0, prompt="")
     return config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging as stdlib_logging
 import os
 import shutil
 import sys
@@ -244,6 +245,7 @@ def _report(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -
 
 
 def main(_: Sequence[str]) -> None:
+    stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)  # INFO names every backend that is not there
     config = read(CONFIG.value)
     cpu.keep_memory()
     if DISTRIBUTED.value:
