@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from smdlm.shard import BATCH_AXES
+
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. A name missing here would silently be replicated: `shardings` refuses it.
 RULES = {

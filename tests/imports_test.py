@@ -10,7 +10,10 @@ PACKAGE = ROOT / "smdlm"
 
 # A module may import from the layers before its own and, without a cycle, from its own. The longest prefix counts.
 LAYERS = [
-    ["smdlm", "smdlm.cpu", "smdlm.softmask", "smdlm.diffusion", "smdlm.sampling.filters", "smdlm.models.layers"],
+    [
+        *("smdlm", "smdlm.cpu", "smdlm.shard", "smdlm.kernels"),
+        *("smdlm.softmask", "smdlm.diffusion", "smdlm.sampling.filters", "smdlm.models.layers"),
+    ],
     ["smdlm.models", "smdlm.readout", "smdlm.denoiser", "smdlm.objective", "smdlm.sampling", "smdlm.sampling.policies"],
     [
         *("smdlm.sampling.loop", "smdlm.sampling.blocks", "smdlm.partition", "smdlm.state"),

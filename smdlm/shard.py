@@ -1,0 +1,50 @@
+"""The mesh as a program being traced sees it: that of `jax.set_mesh`, whose devices need not be attached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which the examples are split
+
+
+def platform() -> str:
+    """What the program is compiled for, 'cpu', 'tpu' or 'gpu': the devices of the mesh, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name == "cuda" else name
+
+
+def used() -> tuple[str, ...]:
+    """Mesh axes with several devices."""
+    return tuple(name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1)
+
+
+def splits(size: int, *axes: str) -> tuple[str, ...]:
+    """Those of the axes that have several devices; none if together they do not divide size."""
+    axes = tuple(axis for axis in axes if axis in used())
+    shape = jax.sharding.get_abstract_mesh().shape
+    return axes if size % math.prod(shape[axis] for axis in axes) == 0 else ()
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """x [B, ...], kept split by examples, and whole otherwise.
+
+    Parameters sharded over fsdp would else spread their sharding to the activations, and every chip hold all examples.
+    """
+    axes = splits(len(x), *BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def per_shard(fn: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """fn on each shard, split by hand over `axes`; fn itself where there are none.
+
+    For what the compiler would split badly (gathers of rows) or not at all (kernels from a library).
+    """
+    if not axes:
+        return fn
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
