@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from smdlm.models.layers import Dropout, Head, KVCache, LayerNorm, Linear, attention, logical, rotary, uniform_fan_in
+from smdlm import kernels
+from smdlm.models.layers import Dropout, Head, KVCache, LayerNorm, Linear, attention, gelu, logical, rotary, uniform_fan_in
 from smdlm.shard import split_batch
 
 
@@ -105,7 +106,7 @@ class Block(nn.Module):
         h = LayerNorm(dtype, name="norm2")(x, shift2, scale2)
         h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
         h = checkpoint_name(h, "mlp_in")
-        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(jax.nn.gelu(h, approximate=True))
+        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(gelu(h))
         h = checkpoint_name(h, "branch")
         return split_batch(x + gate2 * drop(h)), cache
 
@@ -148,7 +149,9 @@ class DiT(nn.Module):
         if cfg.remat == "block":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
         elif cfg.remat == "light":
-            saved = jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in")
+            saved = jax.checkpoint_policies.save_from_both_policies(
+                jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in"), kernels.is_cudnn
+            )
             block = nn.remat(Block, prevent_cse=False, policy=saved)
         scan = nn.scan(
             block,

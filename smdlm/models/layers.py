@@ -168,6 +168,24 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+# Elementwise work that the backward pass forms again from its input. Saving its steps would take more memory than the
+# results of all matrix products, and forming them again needs none of those.
+_formed_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_formed_again
+def gelu(x: jax.Array) -> jax.Array:
+    """With tanh, as in the reference."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@functools.partial(_formed_again, static_argnums=3)
+def _layer_norm(x: jax.Array, weight: jax.Array, shift: jax.Array | float, dtype: Any) -> jax.Array:
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return (x * (jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * weight) + shift).astype(dtype)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm without bias, computed in f32, eps 1e-5 (torch's default; Linen's 1e-6 is another function)."""
 
@@ -180,9 +198,7 @@ class LayerNorm(nn.Module):
         The two scales are multiplied first: one product per entry, and one sum over all entries in the backward pass.
         """
         weight = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],)) * (1 + scale)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        return (x * (jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * weight) + shift).astype(self.dtype)
+        return _layer_norm(x, weight, shift, self.dtype)
 
 
 @jax.custom_vjp
