@@ -16,7 +16,18 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm import kernels
-from smdlm.models.layers import Dropout, Head, KVCache, LayerNorm, Linear, attention, gelu, logical, rotary, uniform_fan_in
+from smdlm.models.layers import (
+    Dropout,
+    Head,
+    KVCache,
+    LayerNorm,
+    Linear,
+    attention,
+    gelu,
+    logical,
+    rotary,
+    uniform_fan_in,
+)
 from smdlm.shard import split_batch
 
 
