@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which the examples are split
@@ -38,6 +39,30 @@ def split_batch(x: jax.Array) -> jax.Array:
     """
     axes = splits(len(x), *BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids], where table [V, D] is split as [tensor, fsdp] and ids [B, ...] by examples: [B, ..., D].
+
+    By hand, because the compiler gathers the vocabulary and the looked-up rows of a table that is split both ways: each
+    chip looks up what its part of the vocabulary holds, and the parts are summed. The gradient is a scatter-add.
+    """
+    axes, vocab, width = used(), splits(len(table), "tensor"), splits(table.shape[1], "fsdp")
+    if not vocab and not width:
+        return table[ids]
+
+    def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if width:
+            table = jax.lax.all_gather(table, "fsdp", axis=1, tiled=True)
+        if not vocab:
+            return table[ids]
+        ids = ids - jax.lax.axis_index("tensor") * len(table)
+        held = (ids >= 0) & (ids < len(table))
+        return jax.lax.psum(jnp.where(held[..., None], table.at[ids].get(mode="clip"), 0), "tensor")
+
+    batch = PartitionSpec(splits(len(ids), *BATCH_AXES) or None)
+    specs = (PartitionSpec(vocab or None, width or None), batch)
+    return jax.shard_map(rows, in_specs=specs, out_specs=batch, axis_names=set(axes))(table, ids)
 
 
 def per_shard(fn: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -197,7 +197,7 @@ class LayerNorm(nn.Module):
 
         The two scales are multiplied first: one product per entry, and one sum over all entries in the backward pass.
         """
-        weight = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],)) * (1 + scale)
+        weight = self.param("scale", logical(nn.initializers.ones, None), (x.shape[-1],)) * (1 + scale)
         return _layer_norm(x, weight, shift, self.dtype)
 
 
@@ -243,6 +243,8 @@ class Linear(nn.Module):
         else:  # not flattened: merged with other axes, heads would no longer be split over a mesh
             out = jnp.tensordot(x, weights, self.inputs)
         if self.bias:
-            bias = self.param("bias", logical(init, *self.names[self.inputs :]), self.features)
+            # Vectors are not split over fsdp: gathering one costs more than it saves.
+            names = (None if name == "embed" else name for name in self.names[self.inputs :])
+            bias = self.param("bias", logical(init, *names), self.features)
             out = out + bias.astype(self.dtype)
         return out
