@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from smdlm import shard
+from smdlm import kernels, shard
 from smdlm.models.layers import Head
 from smdlm.sampling.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback, top_k
@@ -147,6 +147,12 @@ class Readout:
 
     def _feedback_rows(self, axes: Axes, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
         flat = hidden.reshape(masked.size, -1)
+        # All axes of the mesh in use are split by hand here, as a kernel wants it.
+        if shard.platform() == "tpu" and axes == shard.used() and kernels.statistics_fit(hidden, self.k):
+            rows = jnp.nonzero(masked.reshape(-1), size=masked.size, fill_value=masked.size)[0].astype(jnp.int32)
+            count = jnp.sum(masked, dtype=jnp.int32)
+            out = kernels.statistics(flat.at[rows].get(mode="clip"), head.kernel, head.bias, count, self.k)
+            return self._feedback(jax.tree.map(lambda t, v: _put(t, rows, v), self._empty(masked.size), out), masked)
 
         def body(rows, carry):
             logits = head.logits(flat.at[rows].get(mode="clip"))

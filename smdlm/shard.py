@@ -68,8 +68,10 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 def per_shard(fn: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """fn on each shard, split by hand over `axes`; fn itself where there are none.
 
-    For what the compiler would split badly (gathers of rows) or not at all (kernels from a library).
+    For what the compiler would split badly (gathers of rows) or not at all (Pallas kernels, which therefore want every
+    axis of the mesh to be by hand: axes of one device always are).
     """
     if not axes:
         return fn
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
+    names = {name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes or name not in used()}
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)

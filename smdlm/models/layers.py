@@ -91,7 +91,7 @@ def attention(
     query, key, value = checkpoint_name((query, key, value), "attention")
     batch, heads = shard.splits(len(query), *shard.BATCH_AXES), shard.splits(query.shape[2], "tensor")
     spec = PartitionSpec(batch or None, None, heads or None)
-    return shard.per_shard(kernel, batch + heads, (spec,) * 3, spec)(query, key, value)
+    return shard.per_shard(kernel, shard.used(), (spec,) * 3, spec)(query, key, value)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
