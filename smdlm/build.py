@@ -27,6 +27,7 @@ from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
 from smdlm.partition import (
     MeshConfig,
+    assert_sharded,
     batch_shards,
     local_rows,
     param_shardings,
@@ -271,8 +272,11 @@ class Experiment:
         return init_state(nn.meta.unbox(self.denoiser.init_params(key)), self.optimizer)
 
     def shardings(self) -> TrainState:
+        """Of the state. Raises ValueError if a large array would be whole on every chip."""
         abstract = jax.eval_shape(self._init, jax.random.key(0))
-        return state_shardings(self.mesh, abstract, self.abstract_params()[1])
+        shardings = state_shardings(self.mesh, abstract, self.abstract_params()[1])
+        assert_sharded(_place(abstract, shardings), self.mesh)
+        return shardings
 
     def abstract_state(self) -> TrainState:
         return _place(jax.eval_shape(self._init, jax.random.key(0)), self.shardings())

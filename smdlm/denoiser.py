@@ -9,6 +9,7 @@ import jax
 
 from smdlm.models.layers import Head
 from smdlm.readout import exclude
+from smdlm.shard import lookup
 from smdlm.softmask import Feedback, SoftMask
 
 
@@ -53,7 +54,7 @@ class Denoiser:
         """
         table = self.model.table(params["backbone"])
         if feedback is None:
-            x = table[tokens]
+            x = lookup(table, tokens)
         else:
             x = self.softmask(params["softmask"], table, self.head(params), tokens, feedback, self.mask_id)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -64,7 +65,7 @@ class Denoiser:
 
     def decode(self, params: Any, tokens: jax.Array, cache: Any, start: jax.Array) -> tuple[jax.Array, Any]:
         """Causal models: hidden states of tokens [B, L] at positions start .. start + L - 1, and the filled cache."""
-        x = self.model.table(params["backbone"])[tokens]
+        x = lookup(self.model.table(params["backbone"]), tokens)
         return self.model.apply({"params": params["backbone"]}, x, cache=cache, start=start)
 
     def head(self, params: Any) -> Head:

@@ -17,8 +17,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from smdlm.shard import BATCH_AXES
+
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. A name missing here would silently be replicated: `shardings` refuses it.
 RULES = {
@@ -27,7 +28,7 @@ RULES = {
     "heads": "tensor",
     "mlp": "tensor",
     "head": None,
-    "cond": None,
+    "cond": "tensor",
     "layers": None,
 }
 
@@ -174,3 +175,29 @@ def state_shardings(mesh: Mesh, abstract_state: Any, params: Any) -> Any:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+LARGE = 2**20  # elements; what may be replicated without a word
+
+
+def assert_sharded(tree: Any, mesh: Mesh) -> None:
+    """Refuses large arrays that every chip holds whole, on a mesh that could split them.
+
+    Args:
+      tree: arrays or shapes with NamedShardings (`Experiment.abstract_state`).
+
+    Raises:
+      ValueError: the mesh has fsdp or tensor > 1; every such array is listed.
+    """
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    whole = [
+        f"  {'/'.join(_names(path))}: {leaf.shape}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if parts > 1 and leaf.size > LARGE and leaf.sharding.is_fully_replicated
+    ]
+    if whole:
+        raise ValueError(
+            f"mesh: got {len(whole)} arrays of more than {LARGE} elements on every chip of (data, fsdp, tensor) = "
+            f"{tuple(mesh.shape.values())}, wanted them split: name their axes in the model and in partition.RULES\n"
+            + "\n".join(whole)
+        )

@@ -4,7 +4,10 @@ Only the positions that are asked for reach the head: their row numbers are gath
 ceil(count / chunk) chunks. The trip count is a run-time value, so the work follows the number of masked tokens exactly:
 no capacity to choose, no token ever dropped, one compiled program for every count.
 
-Shapes: B examples, L positions, N = B * L, C rows of a chunk, D width, V vocabulary, K candidates.
+On a mesh every shard of the batch gathers its own rows: no hidden state leaves its shard. The head's matrix is gathered
+once per sweep, its gradient is summed over the shards once per sweep.
+
+Shapes: B examples, L positions, N = B * L of a shard, C rows of a chunk, D width, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from smdlm import kernels, shard
 from smdlm.models.layers import Head
 from smdlm.sampling.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback, top_k
@@ -50,12 +55,19 @@ def exclude(head: Head, vocab_size: int, *ids: int) -> Head:
     return head.replace(bias=jnp.where(impossible, EXCLUDED, head.bias.astype(jnp.float32)))
 
 
-def _for_rows(selected: jax.Array, chunk: int, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
+Axes = tuple[str, ...]  # mesh axes over which the batch is split by hand
+
+
+def _for_rows(selected: jax.Array, chunk: int, axes: Axes, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
     """Folds body(rows [C] i32, carry) over the selected rows of [N], C at a time.
 
-    Rows beyond the last selected one are N: out of range, so gathers must clip and scatters drop them.
+    Rows beyond the last selected one are N: out of range, so gathers must clip and scatters drop them. All shards run
+    as many chunks as the fullest: the compiler may put collectives of a split vocabulary into the loop. With Weyl times
+    the shards' counts differ by a few per cent.
     """
     count = jnp.sum(selected, dtype=jnp.int32)
+    if axes:
+        count = jax.lax.pmax(count, axes)
     size = selected.shape[0] + -selected.shape[0] % chunk
     order = jnp.nonzero(selected, size=size, fill_value=selected.shape[0])[0].astype(jnp.int32)
 
@@ -98,21 +110,61 @@ class Readout:
     def feedback(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
         """Top-k and entropy of the prediction at masked positions: hidden [B, L, D], masked [B, L] -> Feedback."""
         chex.assert_rank([hidden, masked], [3, 2])
-        rows_total, chunk = masked.size, min(self.chunk, masked.size)
-        flat = hidden.reshape(rows_total, -1)
+        return self._sweep(self._feedback_rows, head, hidden, masked)
+
+    def draw(self, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array, filters: Filters) -> Draw:
+        """Samples every masked position: hidden [B, L, D], masked [B, L], u [B, L] uniforms in [0, 1) -> Draw."""
+        chex.assert_rank([hidden, masked, u], [3, 2, 2])
+        return self._sweep(functools.partial(self._draw_rows, filters), head, hidden, masked, u)
+
+    def nll(self, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weighted negative log-likelihood in nats: (sum of weights * nll, nll [B, L], 0 where the weight is 0).
+
+        hidden [B, L, D], targets [B, L] i32, weights [B, L] f32. Differentiable in hidden and head through the sum;
+        the per-token values are for reading only. The gradients are formed in the forward sweep, while a chunk's
+        logits are at hand: nothing of size V per token is stored, and nothing is computed twice.
+        """
+        chex.assert_rank([hidden, targets, weights], [3, 2, 2])
+        total, nll = _nll(self, head, hidden, targets, weights.astype(jnp.float32))
+        return total, jax.lax.stop_gradient(nll)
+
+    def log_probs(self, head: Head, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] f32, dense. For tests and inspection; nothing else may call it."""
+        return jax.nn.log_softmax(head.logits(hidden))
+
+    def _sweep(self, local: Callable[..., Any], head: Head, *arrays: jax.Array, out_specs: Any = None) -> Any:
+        """local(axes, head, *arrays) on each shard of the batch; outputs are split like the arrays unless out_specs."""
+        axes = shard.splits(len(arrays[0]), *shard.BATCH_AXES)
+        head = head.replace(kernel=head.kernel.astype(arrays[0].dtype))  # before it is gathered over fsdp
+        rows = PartitionSpec(axes)
+        specs = (PartitionSpec(), *(rows for _ in arrays))
+        return shard.per_shard(functools.partial(local, axes), axes, specs, out_specs(axes) if out_specs else rows)(
+            head, *arrays
+        )
+
+    def _chunk(self, rows: int) -> int:
+        return min(self.chunk, rows)
+
+    def _feedback_rows(self, axes: Axes, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
+        flat = hidden.reshape(masked.size, -1)
+        # All axes of the mesh in use are split by hand here, as a kernel wants it.
+        if shard.platform() == "tpu" and axes == shard.used() and kernels.statistics_fit(hidden, self.k):
+            rows = jnp.nonzero(masked.reshape(-1), size=masked.size, fill_value=masked.size)[0].astype(jnp.int32)
+            count = jnp.sum(masked, dtype=jnp.int32)
+            out = kernels.statistics(flat.at[rows].get(mode="clip"), head.kernel, head.bias, count, self.k)
+            return self._feedback(jax.tree.map(lambda t, v: _put(t, rows, v), self._empty(masked.size), out), masked)
 
         def body(rows, carry):
             logits = head.logits(flat.at[rows].get(mode="clip"))
             return jax.tree.map(lambda t, v: _put(t, rows, v), carry, _statistics(logits, self.k))
 
-        out = _for_rows(masked.reshape(-1), chunk, body, self._empty(rows_total))
+        out = _for_rows(masked.reshape(-1), self._chunk(masked.size), axes, body, self._empty(masked.size))
         return self._feedback(out, masked)
 
-    def draw(self, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array, filters: Filters) -> Draw:
-        """Samples every masked position: hidden [B, L, D], masked [B, L], u [B, L] uniforms in [0, 1) -> Draw."""
-        chex.assert_rank([hidden, masked, u], [3, 2, 2])
-        rows_total, chunk = masked.size, min(self.chunk, masked.size)
-        flat, flat_u = hidden.reshape(rows_total, -1), u.reshape(-1)
+    def _draw_rows(
+        self, filters: Filters, axes: Axes, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array
+    ) -> Draw:
+        flat, flat_u = hidden.reshape(masked.size, -1), u.reshape(-1)
 
         def body(rows, carry):
             logits = head.logits(flat.at[rows].get(mode="clip"))
@@ -125,26 +177,63 @@ class Readout:
                 log_prob = jnp.log(jnp.take_along_axis(probs, ids[:, None], 1)[:, 0] / total)
             return jax.tree.map(lambda t, v: _put(t, rows, v), carry, (ids, log_prob, statistics))
 
-        init = (jnp.zeros(rows_total, jnp.int32), jnp.zeros(rows_total), self._empty(rows_total))
-        ids, log_prob, statistics = _for_rows(masked.reshape(-1), chunk, body, init)
+        init = (jnp.zeros(masked.size, jnp.int32), jnp.zeros(masked.size), self._empty(masked.size))
+        ids, log_prob, statistics = _for_rows(masked.reshape(-1), self._chunk(masked.size), axes, body, init)
         return Draw(ids.reshape(masked.shape), log_prob.reshape(masked.shape), self._feedback(statistics, masked))
 
-    def nll(self, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weighted negative log-likelihood in nats: (sum of weights * nll, nll [B, L], 0 where the weight is 0).
+    def _nll_rows(
+        self, axes: Axes, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(total over all shards, nll [B, L])."""
+        flat, flat_targets, flat_weights = hidden.reshape(targets.size, -1), targets.reshape(-1), weights.reshape(-1)
 
-        hidden [B, L, D], targets [B, L] i32, weights [B, L] f32. Differentiable in hidden and head through the sum;
-        the per-token values are for reading only. The gradients are formed in the forward sweep, while a chunk's
-        logits are at hand: nothing of size V per token is stored, and nothing is computed twice.
-        """
-        chex.assert_rank([hidden, targets, weights], [3, 2, 2])
-        flat = hidden.reshape(targets.size, -1)
-        chunk = min(self.chunk, targets.size)
-        total, nll = _nll(chunk, head, flat, targets.reshape(-1), weights.reshape(-1).astype(jnp.float32))
-        return total, jax.lax.stop_gradient(nll).reshape(targets.shape)
+        def body(rows, carry):
+            total, out = carry
+            logits = head.logits(flat.at[rows].get(mode="clip"))
+            nll, _ = _chunk_nll(logits, flat_targets.at[rows].get(mode="clip"))
+            weight = flat_weights.at[rows].get(mode="fill", fill_value=0)
+            return total + jnp.sum(weight * nll), _put(out, rows, nll)
 
-    def log_probs(self, head: Head, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] f32, dense. For tests and inspection; nothing else may call it."""
-        return jax.nn.log_softmax(head.logits(hidden))
+        init = (jnp.zeros(()), jnp.zeros(targets.size))
+        total, nll = _for_rows(flat_weights != 0, self._chunk(targets.size), axes, body, init)
+        return _sum(total, axes), nll.reshape(targets.shape)
+
+    def _nll_and_gradients_rows(
+        self, axes: Axes, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Head]:
+        """(total over all shards, nll [B, L], d_hidden [B, L, D], gradient of the head summed over all shards, f32)."""
+        flat, flat_targets, flat_weights = hidden.reshape(targets.size, -1), targets.reshape(-1), weights.reshape(-1)
+
+        def body(rows, carry):
+            total, out, d_hidden, d_kernel, d_bias = carry
+            h = flat.at[rows].get(mode="clip")
+            target = flat_targets.at[rows].get(mode="clip")
+            weight = flat_weights.at[rows].get(mode="fill", fill_value=0)  # padding rows of the last chunk do not count
+            logits = head.logits(h)
+            nll, partition_log = _chunk_nll(logits, target)
+            one_hot = jnp.arange(logits.shape[1]) == target[:, None]
+            d_logits = weight[:, None] * (jnp.exp(logits - partition_log[:, None]) - one_hot)
+            d_bias += d_logits.sum(0)
+            d_logits = d_logits.astype(h.dtype)
+            d_kernel += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
+            d_hidden = _put(d_hidden, rows, jnp.dot(d_logits, head.kernel.T, preferred_element_type=jnp.float32))
+            return total + jnp.sum(weight * nll), _put(out, rows, nll), d_hidden, d_kernel, d_bias
+
+        init = (
+            jnp.zeros(()),
+            jnp.zeros(targets.size),
+            jnp.zeros_like(flat),
+            jnp.zeros(head.kernel.shape),
+            jnp.zeros(head.bias.shape),
+        )
+        total, nll, d_hidden, d_kernel, d_bias = _for_rows(
+            flat_weights != 0, self._chunk(targets.size), axes, body, init
+        )
+        if "fsdp" in axes:  # the kernel's rows are split over it: each shard keeps the sum of its own
+            d_kernel = jax.lax.psum_scatter(d_kernel, "fsdp", scatter_dimension=0, tiled=True)
+        d_kernel = _sum(d_kernel, tuple(axis for axis in axes if axis != "fsdp"))
+        d_head = Head(d_kernel, _sum(d_bias, axes))
+        return _sum(total, axes), nll.reshape(targets.shape), d_hidden.reshape(hidden.shape), d_head
 
     def _empty(self, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jnp.zeros((rows, self.k), jnp.int32), jnp.zeros((rows, self.k)), jnp.zeros(rows)
@@ -155,6 +244,10 @@ class Readout:
         return Feedback(ids.reshape(grid), probs.reshape(grid), entropy.reshape(masked.shape), masked)
 
 
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
+
+
 def _chunk_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """logits [C, V], targets [C] -> (nll [C], log of the partition function [C])."""
     top = logits.max(-1)
@@ -163,47 +256,23 @@ def _chunk_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(chunk: int, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
-    def body(rows, carry):
-        total, out = carry
-        logits = head.logits(hidden.at[rows].get(mode="clip"))
-        nll, _ = _chunk_nll(logits, targets.at[rows].get(mode="clip"))
-        weight = weights.at[rows].get(mode="fill", fill_value=0)
-        return total + jnp.sum(weight * nll), _put(out, rows, nll)
-
-    return _for_rows(weights != 0, chunk, body, (jnp.zeros(()), jnp.zeros(weights.shape)))
+def _nll(readout: Readout, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+    specs = lambda axes: (PartitionSpec(), PartitionSpec(axes))
+    return readout._sweep(readout._nll_rows, head, hidden, targets, weights, out_specs=specs)
 
 
-def _nll_forward(chunk: int, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
-    kernel = head.kernel.astype(hidden.dtype)
+def _nll_forward(readout: Readout, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+    def specs(axes: Axes) -> Any:
+        rows, d_kernel = PartitionSpec(axes), PartitionSpec("fsdp" if "fsdp" in axes else None)
+        return PartitionSpec(), rows, rows, Head(d_kernel, PartitionSpec())
 
-    def body(rows, carry):
-        total, out, d_hidden, d_kernel, d_bias = carry
-        h = hidden.at[rows].get(mode="clip")
-        target = targets.at[rows].get(mode="clip")
-        weight = weights.at[rows].get(mode="fill", fill_value=0)  # padding rows of the last chunk count for nothing
-        logits = jnp.dot(h, kernel, preferred_element_type=jnp.float32) + head.bias
-        nll, partition = _chunk_nll(logits, target)
-        one_hot = jnp.arange(logits.shape[1]) == target[:, None]
-        d_logits = weight[:, None] * (jnp.exp(logits - partition[:, None]) - one_hot)
-        d_bias += d_logits.sum(0)
-        d_logits = d_logits.astype(hidden.dtype)
-        d_kernel += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
-        d_hidden = _put(d_hidden, rows, jnp.dot(d_logits, kernel.T, preferred_element_type=jnp.float32))
-        return total + jnp.sum(weight * nll), _put(out, rows, nll), d_hidden, d_kernel, d_bias
-
-    init = (
-        jnp.zeros(()),
-        jnp.zeros(weights.shape),
-        jnp.zeros_like(hidden),
-        jnp.zeros(kernel.shape),
-        jnp.zeros(head.bias.shape),
+    total, nll, d_hidden, d_head = readout._sweep(
+        readout._nll_and_gradients_rows, head, hidden, targets, weights, out_specs=specs
     )
-    total, nll, d_hidden, d_kernel, d_bias = _for_rows(weights != 0, chunk, body, init)
-    return (total, nll), (d_hidden, Head(d_kernel.astype(head.kernel.dtype), d_bias))
+    return (total, nll), (d_hidden, d_head.replace(kernel=d_head.kernel.astype(head.kernel.dtype)))
 
 
-def _nll_backward(chunk: int, residuals, cotangents):
+def _nll_backward(readout: Readout, residuals, cotangents):
     d_hidden, d_head = residuals
     scale = cotangents[0]
     d_head = jax.tree.map(lambda x: (scale * x).astype(x.dtype), d_head)

@@ -23,6 +23,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from smdlm import shard
+
 Params = Mapping[str, Any]
 
 
@@ -267,7 +269,7 @@ class SoftMask:
     def candidate(self, omega: Params, table: jax.Array, head: Any, feedback: Feedback) -> tuple[jax.Array, jax.Array]:
         """(candidate embedding [B, L, D] f32, neg_entropy [B, L]): the renormalised top-k average of table rows."""
         weights = feedback.probs / jnp.maximum(feedback.probs.sum(-1, keepdims=True), 1e-30)
-        rows = table[feedback.ids].astype(jnp.float32)
+        rows = shard.lookup(table, feedback.ids).astype(jnp.float32)
         return jnp.einsum("blk,blkd->bld", weights, rows), feedback.neg_entropy
 
     def __call__(
@@ -283,7 +285,7 @@ class SoftMask:
           feedback: what masked positions remember.
         """
         chex.assert_equal_shape([tokens, feedback.active])
-        rows = table[tokens].astype(jnp.float32)
+        rows = shard.lookup(table, tokens).astype(jnp.float32)
         candidate, entropy = self.candidate(omega, table, head, feedback)
         lam = self.gate(omega, entropy)[..., None]
         soft = self.mixer(table[mask_id].astype(jnp.float32), candidate, lam)

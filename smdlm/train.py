@@ -91,6 +91,10 @@ def make_train_step(
         return loss, grads
 
     def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(state, batch)
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_noise, key_coin, key_dropout = jax.random.split(key, 3)
         examples = objective.corrupt(key_noise, batch)

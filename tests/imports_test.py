@@ -11,13 +11,8 @@ PACKAGE = ROOT / "smdlm"
 # A module may import from the layers before its own and, without a cycle, from its own. The longest prefix counts.
 LAYERS = [
     [
-        "smdlm",
-        "smdlm.cpu",
-        "smdlm.runtime",
-        "smdlm.softmask",
-        "smdlm.diffusion",
-        "smdlm.sampling.filters",
-        "smdlm.models.layers",
+        *("smdlm", "smdlm.cpu", "smdlm.runtime", "smdlm.shard", "smdlm.kernels"),
+        *("smdlm.softmask", "smdlm.diffusion", "smdlm.sampling.filters", "smdlm.models.layers"),
     ],
     ["smdlm.models", "smdlm.readout", "smdlm.denoiser", "smdlm.objective", "smdlm.sampling", "smdlm.sampling.policies"],
     [

@@ -15,7 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from smdlm.models.layers import Dropout, Head, KVCache, LayerNorm, Linear, attention, logical, rotary, uniform_fan_in
+from smdlm import kernels
+from smdlm.models.layers import (
+    Dropout,
+    Head,
+    KVCache,
+    LayerNorm,
+    Linear,
+    attention,
+    gelu,
+    logical,
+    rotary,
+    uniform_fan_in,
+)
+from smdlm.shard import split_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Block(nn.Module):
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask)
+        h = attention(query, key, value, mask, causal=cfg.causal and cache is None)
         names = ("heads", "head", "embed")
         h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")
@@ -104,9 +117,9 @@ class Block(nn.Module):
         h = LayerNorm(dtype, name="norm2")(x, shift2, scale2)
         h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
         h = checkpoint_name(h, "mlp_in")
-        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(jax.nn.gelu(h, approximate=True))
+        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(gelu(h))
         h = checkpoint_name(h, "branch")
-        return x + gate2 * drop(h), cache
+        return split_batch(x + gate2 * drop(h)), cache
 
 
 class DiT(nn.Module):
@@ -141,16 +154,15 @@ class DiT(nn.Module):
         cond = None
         if not cfg.causal:
             cond = jax.nn.silu(SigmaMap(cfg.cond, dtype, name="sigma_map")(jnp.zeros(1) if sigma is None else sigma))
-        mask = None
-        if cfg.causal:
-            keys = length if cache is None else cache.keys.shape[2]
-            mask = jnp.arange(keys) <= positions[:, None]
+        mask = None if cache is None else jnp.arange(cache.keys.shape[2]) <= positions[:, None]
 
         block = Block
         if cfg.remat == "block":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
         elif cfg.remat == "light":
-            saved = jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in")
+            saved = jax.checkpoint_policies.save_from_both_policies(
+                jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in"), kernels.is_cudnn
+            )
             block = nn.remat(Block, prevent_cse=False, policy=saved)
         scan = nn.scan(
             block,
@@ -161,7 +173,7 @@ class DiT(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scan(cfg, deterministic or cfg.dropout == 0, name="blocks")
-        x, cache_out = blocks(x.astype(dtype), cond, positions, mask, cache)
+        x, cache_out = blocks(split_batch(x.astype(dtype)), cond, positions, mask, cache)
         x = Final(cfg, name="final")(x, cond)
         HeadParams(cfg, name="head")()
         return x if cache is None else (x, cache_out)

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from smdlm import kernels, shard
 
 
 class Head(flax.struct.PyTreeNode):
@@ -61,25 +64,34 @@ def rotary(x: jax.Array, positions: jax.Array, base: float = 10000.0) -> jax.Arr
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def platform() -> str:
-    """'cpu', 'tpu' or 'cuda': what the program being traced is for; the devices of `jax.set_mesh` (they may exist only
-    in a compiler's description), else the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
     """Softmax attention, f32 softmax: query [B, L, H, E], key and value [B, M, H, E], mask [L, M] bool or None.
 
-    The one place where a kernel is chosen. What its backward pass needs is named 'attention' (`checkpoint_name`):
-    rematerialisation that saves this name repeats nothing of it.
+    The one place where a kernel is chosen, by the platform that the program is compiled for. What its backward pass
+    needs is named 'attention' (`checkpoint_name`): rematerialisation that saves this name repeats nothing of it.
+    Libraries' kernels keep no [B, H, L, M]; the compiler can not split them, so each shard of the batch and of the
+    heads runs its own.
     """
-    if platform() == "cpu":
-        swap = lambda x: jnp.swapaxes(x, 1, 2)
-        return swap(_cpu_attention(swap(query), swap(key), swap(value), mask))
+    where = shard.platform()
+    if where == "tpu" and kernels.splash_fits(query, key, mask):
+        kernel = functools.partial(kernels.splash, causal=causal)
+    elif where == "gpu" and kernels.cudnn_fits(query, key, mask):
+        kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    else:
+        if causal:
+            mask = jnp.tri(query.shape[1], dtype=bool)
+        if where == "cpu":
+            swap = lambda x: jnp.swapaxes(x, 1, 2)
+            return swap(_cpu_attention(swap(query), swap(key), swap(value), mask))
+        query, key, value = checkpoint_name((query, key, value), "attention")
+        out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
+        return checkpoint_name(out, "attention")
     query, key, value = checkpoint_name((query, key, value), "attention")
-    out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
-    return checkpoint_name(out, "attention")
+    batch, heads = shard.splits(len(query), *shard.BATCH_AXES), shard.splits(query.shape[2], "tensor")
+    spec = PartitionSpec(batch or None, None, heads or None)
+    return shard.per_shard(kernel, shard.used(), (spec,) * 3, spec)(query, key, value)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -156,6 +168,24 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+# Elementwise work that the backward pass forms again from its input. Saving its steps would take more memory than the
+# results of all matrix products, and forming them again needs none of those.
+_formed_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_formed_again
+def gelu(x: jax.Array) -> jax.Array:
+    """With tanh, as in the reference."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@functools.partial(_formed_again, static_argnums=3)
+def _layer_norm(x: jax.Array, weight: jax.Array, shift: jax.Array | float, dtype: Any) -> jax.Array:
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return (x * (jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * weight) + shift).astype(dtype)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm without bias, computed in f32, eps 1e-5 (torch's default; Linen's 1e-6 is another function)."""
 
@@ -167,10 +197,8 @@ class LayerNorm(nn.Module):
 
         The two scales are multiplied first: one product per entry, and one sum over all entries in the backward pass.
         """
-        weight = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],)) * (1 + scale)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        return (x * (jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * weight) + shift).astype(self.dtype)
+        weight = self.param("scale", logical(nn.initializers.ones, None), (x.shape[-1],)) * (1 + scale)
+        return _layer_norm(x, weight, shift, self.dtype)
 
 
 @jax.custom_vjp
@@ -208,10 +236,15 @@ class Linear(nn.Module):
         fan_in = int(np.prod(shape))
         init = nn.initializers.zeros if self.zero else uniform_fan_in(fan_in)
         kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features))
-        rows, columns = x.astype(self.dtype).reshape(-1, fan_in), kernel.astype(self.dtype).reshape(fan_in, -1)
-        product = _cpu_matmul if platform() == "cpu" else jnp.matmul
-        out = product(rows, columns).reshape(*x.shape[: -self.inputs], *self.features)
+        x, weights = x.astype(self.dtype), kernel.astype(self.dtype)
+        if shard.platform() == "cpu" and "tensor" not in shard.used():
+            out = _cpu_matmul(x.reshape(-1, fan_in), weights.reshape(fan_in, -1))
+            out = out.reshape(*x.shape[: -self.inputs], *self.features)
+        else:  # not flattened: merged with other axes, heads would no longer be split over a mesh
+            out = jnp.tensordot(x, weights, self.inputs)
         if self.bias:
-            bias = self.param("bias", logical(init, *self.names[self.inputs :]), self.features)
+            # Vectors are not split over fsdp: gathering one costs more than it saves.
+            names = (None if name == "embed" else name for name in self.names[self.inputs :])
+            bias = self.param("bias", logical(init, *names), self.features)
             out = out + bias.astype(self.dtype)
         return out
