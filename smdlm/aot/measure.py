@@ -125,7 +125,9 @@ def compile_train(experiment: Experiment, topology: Topology) -> Report:
     }
     tokens = shape[0] * shape[1]
     rows = tokens // experiment.config.train.accumulate
-    lowered = experiment.train_step().lower(experiment.abstract_state(), batch)
+    step, state = experiment.train_step(), experiment.abstract_state()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, batch)
     return _measure(
         lowered, experiment, topology, "train", data.batch_size, tokens, rows, _train_flops(experiment, tokens)
     )
@@ -144,10 +146,12 @@ def compile_sampler(experiment: Experiment, topology: Topology) -> Report:
     key = everywhere(jax.eval_shape(lambda: jax.random.key(0)))
     params = experiment.abstract_params()[0]
     if isinstance(sampler, ARSampler):
-        lowered = ARSampler.__call__.lower(sampler, params, key, canvas)
+        program, arguments = ARSampler.__call__, (sampler, params, key, canvas)
     else:
         times = everywhere(jax.eval_shape(lambda: linear_times(sampler.steps)))
-        lowered = type(sampler).run.lower(sampler, params, key, canvas, times)
+        program, arguments = type(sampler).run, (sampler, params, key, canvas, times)
+    with jax.set_mesh(mesh):
+        lowered = program.lower(*arguments)
     forwards = length - 1 if isinstance(sampler, ARSampler) else sampler.steps
     rows = count if isinstance(sampler, ARSampler) else count * length
     tokens = count * length
