@@ -8,6 +8,7 @@ setup(
     description="Soft-masked diffusion language models in JAX/Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_data={"smdlm.aot": ["*.textproto"]},
     packages=find_packages(include=["smdlm", "smdlm.*"]),
     install_requires=[
         "absl-py",

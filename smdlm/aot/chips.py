@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ class Chip:
     """Published figures of one chip.
 
     Attributes:
-      hbm_gib: nominal memory; limit_gib: what the compiler lets a program use of it.
+      hbm_gib: nominal memory; limit_gib: what a program may use of it: where the TPU compiler stops, and 95 % of what
+        an H100 has (jax takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION=.95).
       flops: bf16 dense peak per second; hbm: bytes per second; links: bytes per second that a chip sends to its
         neighbours over all links together (half of the "bidirectional" figure).
       source: where the figures are published.
@@ -37,10 +40,10 @@ CHIPS = {
     c.name: c
     for c in (
         Chip("v4", 32, 30.75, 275e12, 1.2e12, 300e9, f"{_TPU}/v4"),
-        Chip("v5e", 16, 15.75, 197e12, 0.82e12, 200e9, f"{_TPU}/v5e"),
-        Chip("v5p", 95, 95.74, 459e12, 2.765e12, 600e9, f"{_TPU}/v5p"),
-        Chip("v6e", 32, 31.25, 918e12, 1.64e12, 448e9, f"{_TPU}/v6e"),
-        Chip("h100", 80, 79.15, 989e12, 3.35e12, 450e9, "nvidia.com/en-us/data-center/h100 (SXM)"),
+        Chip("v5e", 16, 15.75, 197e12, 0.819e12, 200e9, f"{_TPU}/v5e"),
+        Chip("v5p", 95, 95.73, 459e12, 2.765e12, 600e9, f"{_TPU}/v5p"),
+        Chip("v6e", 32, 31.24, 918e12, 1.6e12, 400e9, f"{_TPU}/v6e"),
+        Chip("h100", 80, 75.18, 989e12, 3.35e12, 450e9, "nvidia.com/en-us/data-center/h100 (SXM)"),
     )
 }
 EXAMPLES = "v5e:2x4, v5e:4x4, v5p:2x2x4, v6e:2x4, v6e:4x4, v4:2x2x4, h100:8"
@@ -65,21 +68,57 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.name.partition(":")[0]]
 
+    @property
+    def gpu(self) -> bool:
+        return self.chip.name == "h100"
+
+    def prepare(self) -> None:
+        """Sets the environment in which the compiler starts; for GPUs the process begins anew in it.
+
+        Raises:
+          ImportError: the compiler's wheels are missing.
+        """
+        package, extra = ("jax_cuda13_plugin", "cuda") if self.gpu else ("libtpu", "aot")
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"--topology: got {self.name} without its compiler, wanted: pip install -e '.[{extra}]'")
+        # A machine without TPUs has no metadata server to ask and no other workers; one without GPUs no driver.
+        os.environ |= {
+            **{
+                "TPU_SKIP_MDS_QUERY": "1",
+                "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_STDERR_LOG_LEVEL": "3",
+                "TPU_MIN_LOG_LEVEL": "3",
+            },
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        }
+        roots = importlib.util.find_spec("nvidia").submodule_search_locations if self.gpu else ()
+        folders = ":".join(sorted(str(folder) for root in roots for folder in Path(root).glob("*/lib")))
+        known = os.environ.get("LD_LIBRARY_PATH", "")
+        if folders not in known:
+            # The loader reads it when a process starts.
+            environment = {**os.environ, "LD_LIBRARY_PATH": f"{folders}:{known}".strip(":")}
+            os.execve(sys.executable, [sys.executable, "-m", "smdlm.aot", *sys.argv[1:]], environment)
+
     def devices(self) -> list[Any]:
         """Descriptions of the chips, to make a mesh of.
 
         Raises:
-          ValueError: the compiler knows no such shape. ImportError: its wheels are missing.
+          ValueError: the compiler knows no such shape.
         """
-        if importlib.util.find_spec("libtpu") is None:
-            raise ImportError(
-                f"--topology: got {self.name} without libtpu, wanted its compiler: pip install -e '.[aot]'"
-            )
-        # A machine without TPUs has no metadata server to ask, and no workers.
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-        megacore = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        arguments = {"platform": "tpu", "topology_name": self.name}
+        if self.gpu:
+            target = (Path(__file__).parent / "h100.textproto").read_text()
+            count = self.name.partition(":")[2]
+            arguments = {
+                "platform": "cuda",
+                "topology_name": "h100",
+                "target_config": target,
+                "topology": f"1x1x{count}",
+            }
+        elif self.chip.name == "v4":
+            arguments["chip_config_name"] = "megacore"  # one device per chip, as on the later ones
         try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name, **megacore).devices)
+            return list(topologies.get_topology_desc(**arguments).devices)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--topology: got {self.name!r} ({reason}), wanted e.g. {EXAMPLES}") from None

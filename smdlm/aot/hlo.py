@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"),
-    *("partition-id", "replica-id", "copy-done", "slice-done", "send-done", "recv-done", "custom-call-free"),
+    *("partition-id", "replica-id"),
 }
 FREE_CALLS = (
     "AllocateBuffer",
@@ -67,7 +67,7 @@ class Instruction:
 class Work:
     """An instruction as run: flops, hbm and sent (collective) bytes of all `count` runs together.
 
-    part: the smdlm file that caused it, or the library called from the train step.
+    part: the smdlm file that the train step or the sampler's loop called for it, or 'optax', or 'other'.
     """
 
     name: str
@@ -81,10 +81,18 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A `while` without a known trip count, and the count that was assumed for it. source: file of smdlm."""
+    """A `while` whose trip count is a run-time value.
+
+    Attributes:
+      source: the smdlm file that contains it, '?' if the text does not say.
+      rows: length of the longest vector of 32-bit integers that it carries: the row numbers of the readout's loop.
+    """
 
     source: str
-    trips: float
+    rows: int
+
+
+Assume = Callable[[Loop], float]
 
 
 def _array(dtype: str, dims: str, layout: str) -> Array:
@@ -175,11 +183,11 @@ class Program:
             frame = parent - offset
         return files[::-1]
 
-    def part(self, instruction: Instruction) -> str:
-        """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or 'other'."""
+    def part(self, instruction: Instruction) -> str | None:
+        """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or None."""
         stack = [f for f in self.stack(instruction) if "/smdlm/" in f or "/optax/" in f]
         names = ["optax" if "/optax/" in f else f.split("/smdlm/")[-1].removesuffix(".py") for f in stack]
-        return next((n for n in names if n not in CALLERS), "other")
+        return next((n for n in names if n not in CALLERS), None)
 
     # -------------------------------------------------------------------------------------------------------- loops
 
@@ -197,44 +205,38 @@ class Program:
 
     # -------------------------------------------------------------------------------------------------------- costs
 
-    def work(self, assume: Callable[[str], float]) -> tuple[list[Work], list[Loop]]:
-        """Everything the program runs. assume: source file of a loop -> its trips when they are a run-time value."""
-        loops: list[Loop] = []
-        return list(self._run(self.entry, 1.0, assume, loops)), loops
+    def work(self, assume: Assume) -> list[Work]:
+        """Everything the program runs. assume: trips of a loop when they are a run-time value."""
+        return list(self._run(self.entry, 1.0, "other", assume))
 
-    def _run(self, name: str, count: float, assume: Callable[[str], float], loops: list[Loop]) -> Iterator[Work]:
+    def _run(self, name: str, count: float, around: str, assume: Assume) -> Iterator[Work]:
+        """around: part of the enclosing loop or branch, which instructions without a stack of their own belong to."""
         for i in self.computations[name].values():
+            part = self.part(i) or around
             if i.opcode == "while":
-                trips: float | None = self.trips(i)
-                if trips is None:
-                    files = [f.split("/smdlm/")[-1] for f in self.stack(i) if "/smdlm/" in f]
-                    loops.append(Loop(files[-1] if files else "?", trips := assume(files[-1] if files else "?")))
-                for part in ("condition", "body"):
-                    yield from self._run(i.called(part), count * trips, assume, loops)
+                trips = self.trips(i)
+                inside = count * (assume(self._loop(i)) if trips is None else trips)
+                for attribute in ("condition", "body"):
+                    yield from self._run(i.called(attribute), inside, part, assume)
             elif i.opcode == "conditional":
-                yield from self._branch(i, count, assume, loops)
+                runs = [list(self._run(branch, count, part, assume)) for branch in self._branches(i)]
+                yield from max(runs, key=lambda run: (sum(w.flops for w in run), sum(w.hbm for w in run)))
             elif i.opcode in ("call", "async-start"):
-                yield from self._run(i.called("to_apply") or i.called("calls"), count, assume, loops)
+                yield from self._run(i.called("to_apply") or i.called("calls"), count, part, assume)
             elif i.opcode not in FREE and not i.opcode.endswith("-done"):
                 flops, hbm, sent = self._flops(name, i), self._hbm(name, i), self._sent(name, i)
                 if flops or hbm or sent:
-                    yield Work(i.name, i.opcode, self.part(i), count, count * flops, count * hbm, count * sent)
+                    yield Work(i.name, i.opcode, part, count, count * flops, count * hbm, count * sent)
 
-    def _branch(self, i: Instruction, count: float, assume: Callable[[str], float], loops: list[Loop]):
+    def _loop(self, i: Instruction) -> Loop:
+        files = [f.split("/smdlm/")[-1] for f in self.stack(i) if "/smdlm/" in f]
+        rows = [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
+        return Loop(files[-1] if files else "?", max(rows, default=1))
+
+    @staticmethod
+    def _branches(i: Instruction) -> list[str]:
         found = re.search(r"branch_computations=\{([^}]*)\}", i.tail)
-        names = (
-            re.findall(r"[\w.\-]+", found[1])
-            if found
-            else [i.called("true_computation"), i.called("false_computation")]
-        )
-        runs = []
-        for name in names:
-            inside: list[Loop] = []
-            work = list(self._run(name, count, assume, inside))
-            runs.append((sum(w.flops for w in work), sum(w.hbm for w in work), work, inside))
-        best = max(runs, key=lambda run: run[:2])
-        loops += best[3]
-        return best[2]
+        return re.findall(r"[\w.\-]+", found[1]) if found else [i.called(f"{b}_computation") for b in ("true", "false")]
 
     def _operands(self, name: str, i: Instruction) -> list[Instruction]:
         return [self.computations[name][o] for o in i.operands if o in self.computations[name]]
