@@ -171,7 +171,7 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
             compiled = None
         seconds = time.perf_counter() - begin
         dump = _Dump(Path(folder))
-    program = Program(compiled.as_text() if compiled else dump.program)
+    program = Program(dump.program)
     arguments, temp, peak = dump.arguments, dump.temp, dump.total
     if compiled:
         m = compiled.memory_analysis()
@@ -190,7 +190,8 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         temp=temp,
         peak=peak,
         largest=dump.largest(program),
-        work=None if topology.gpu else program.work(assume),
+        # Of a program that does not fit the text is unfinished.
+        work=program.work(assume) if compiled and not topology.gpu else None,
         assumed=list(assumed),
         model_flops=task.model_flops,
         compile_s=seconds,

@@ -21,7 +21,7 @@ class Report:
       batch, tokens: examples and tokens of all chips together; steps: forward passes of a sampler, 1 for training.
       arguments, temp, peak: bytes of HBM. peak is arguments, temporaries, results that reuse no argument, and code.
       largest: (bytes, what) of the buffers alive when the most is, largest first.
-      work: all that runs, see hlo.py; None where the compiler's text does not say (GPUs).
+      work: all that runs, see hlo.py; None where the compiler's text does not say (GPUs, programs that do not fit).
       assumed: choices made where a run-time value decides.
       model_flops: what the mathematics needs without recomputing anything, all chips together.
       advice: what would make it fit.
@@ -113,7 +113,8 @@ class Report:
             f"{row['peak_gib']:.2f} of {self.chip.limit_gib:.2f} GiB: {state}",
         ]
         if self.work is None:
-            lines.append("  work, speed     - (this compiler offers no cost analysis)")
+            why = "this compiler offers no cost analysis" if self.topology.gpu else "not of a program that does not fit"
+            lines.append(f"  work, speed     - ({why})")
         else:
             each = "" if self.steps == 1 else f" per step, {self.steps} steps"
             sent = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in self.collectives().items() if size > 5e5)
