@@ -210,7 +210,9 @@ def test_programs_of_a_config(here, causal):
         total = sum(w.flops for w in report.work)
         assert report.fits and report.peak > report.arguments > 0
         assert 0.8 < total / report.model_flops < 2, report.program
-        assert any("chunks of" in a for a in report.assumed)
+        readout = [a for a in report.assumed if "chunks of 16 in the readout" in a]
+        assert readout == [] or (f"for {1 if causal else 0.5:g} of" in readout[0])
+        assert readout or causal  # the AR sampler reads every row out: a known number of chunks
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch, here):
@@ -246,9 +248,9 @@ def test_the_plain_step_is_the_same_mathematics():
         example = objective.corrupt(key, batch)
         assert np.any(example.canvas == MASK)
         loss = lambda params: objective(params, example, jnp.bool_(True), None)[0]
-        return jax.value_and_grad(loss)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
-    assert_close(value(PlainReadout(READOUT.k)), value(READOUT), rtol=1e-4)
+    assert_close(value(PlainReadout(READOUT.k)), value(READOUT), rtol=1e-3, atol=1e-5)
     assert READOUT.k == SOFTMASK.k
 
 

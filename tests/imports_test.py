@@ -25,7 +25,7 @@ LAYERS = [
         *("smdlm.data", "smdlm.writer", "smdlm.checkpoint", "smdlm.viewer"),
     ],
     ["smdlm.train", "smdlm.evaluate", "smdlm.convert"],
-    ["smdlm.build", "smdlm.main", "smdlm.aot", "smdlm.bench", "smdlm.convert.__main__"],
+    ["smdlm.build", "smdlm.main", "smdlm.aot", "smdlm.bench", "smdlm.performance", "smdlm.convert.__main__"],
 ]
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
