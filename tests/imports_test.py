@@ -20,12 +20,12 @@ LAYERS = [
         *("smdlm.data", "smdlm.writer", "smdlm.checkpoint", "smdlm.viewer"),
     ],
     ["smdlm.train", "smdlm.evaluate", "smdlm.convert"],
-    ["smdlm.build", "smdlm.main", "smdlm.aot", "smdlm.bench", "smdlm.convert.__main__"],
+    ["smdlm.build", "smdlm.main", "smdlm.aot", "smdlm.bench", "smdlm.performance", "smdlm.convert.__main__"],
 ]
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
     "orbax": {"smdlm.checkpoint"},
-    "ml_collections": {"smdlm.build", "smdlm.main"},
+    "ml_collections": {"smdlm.build", "smdlm.main", "smdlm.aot.__main__"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
     "tensorflow_datasets": {"smdlm.data"},

@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from smdlm.data import pretrained
-from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, cut, read_backend, wrap
+from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, Vocabulary, cut, read_backend, wrap
 
-__all__ = ["Tokenizer", "bpe_tokenizer", "check_spec", "make_tokenizer"]
+__all__ = ["Tokenizer", "Vocabulary", "bpe_tokenizer", "check_spec", "make_tokenizer", "vocabulary"]
 
 SPECS = "'bytes' | 'bpe:SIZE' | 'gpt2' | 'gpt2:DIR' | 'hf:DIR'"
 BPE_SAMPLE_CHARS = 64 * 2**20  # merges learned from more text than this hardly differ
@@ -55,6 +55,20 @@ def make_tokenizer(
     if kind == "gpt2":
         return pretrained.gpt2(spec, argument)
     return pretrained.huggingface(spec, Path(argument).expanduser())
+
+
+def vocabulary(spec: str) -> Vocabulary:
+    """The sizes that `make_tokenizer(spec)` would have, without training or downloading one; 'hf:DIR' is read."""
+    check_spec(spec)
+    kind, _, argument = spec.partition(":")
+    if kind == "bytes":
+        return Vocabulary(258, mask_id=257, bos_id=256)
+    if kind == "bpe":
+        return Vocabulary(int(argument) + 1, mask_id=int(argument), bos_id=0)
+    if kind == "gpt2":
+        return Vocabulary(50258, mask_id=50257, bos_id=50256)
+    tokenizer = make_tokenizer(spec)
+    return Vocabulary(tokenizer.model_vocab_size, tokenizer.mask_id, tokenizer.bos_id)
 
 
 def bpe_tokenizer(size: int, corpus: Iterable[str], file: str | os.PathLike | None) -> Tokenizer:

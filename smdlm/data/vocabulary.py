@@ -16,6 +16,15 @@ PIECE_CHARS = 2**16  # `tokenizers` needs over 100 bytes of memory per byte of o
 CALL_CHARS = 2**20
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The sizes of a `Tokenizer` without its files: all that a model needs to be built. Fields as there."""
+
+    model_vocab_size: int
+    mask_id: int
+    bos_id: int
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary with its encoder.

@@ -1,0 +1,357 @@
+"""What a compiled program does, read from its HLO text: FLOPs, HBM bytes and collectives of every instruction run.
+
+XLA's own cost analysis counts the body of a loop once. Here every instruction carries how often it runs: bodies of
+`while` are multiplied by their trip counts, of `conditional` the most expensive branch is taken. Conventions:
+
+- FLOPs are those of matrix products (`dot`, `convolution`) and of kernels that state theirs; elementwise work is free.
+- Bytes are what an instruction reads and writes in HBM: a fusion is one instruction, a slice of a large operand counts
+  as the slice, and arrays that the TPU compiler keeps in on-chip memory (`S(1)` in their layout) count nothing.
+- Collective bytes are what a chip sends in a ring: twice the array for an all-reduce, else once the larger side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"),
+    *("partition-id", "replica-id"),
+}
+FREE_CALLS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "Sharding",
+    "GatherScatterIndicesBitpacked",
+)
+CALLERS = ("train", "objective", "build", "sampling/loop", "aot/__main__", "aot/measure")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An element of a type: 'f32[8,1024]', its bytes, and whether it lies in HBM."""
+
+    text: str
+    dims: tuple[int, ...]
+    bytes: float
+    hbm: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line. type: its arrays, flattened; operands: names; tail: attributes as text; frame: index of its stack."""
+
+    name: str
+    type: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    tail: str
+    root: bool
+
+    def called(self, attribute: str) -> str | None:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.tail)
+        return found and found[1]
+
+    def numbers(self, attribute: str) -> list[int]:
+        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.tail)
+        return [int(n) for n in found[1].split(",") if n] if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An instruction as run: flops, hbm and sent (collective) bytes of all `count` runs together.
+
+    part: the smdlm file that the train step or the sampler's loop called for it, or 'optax', or 'other'.
+    """
+
+    name: str
+    opcode: str
+    part: str
+    count: float
+    flops: float
+    hbm: float
+    sent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A `while` whose trip count is a run-time value.
+
+    Attributes:
+      source: the smdlm file that contains it, '?' if the text does not say.
+      rows: length of the longest vector of 32-bit integers that it carries: the row numbers of the readout's loop.
+    """
+
+    source: str
+    rows: int
+
+
+Assume = Callable[[Loop], float]
+
+
+def _array(dtype: str, dims: str, layout: str) -> Array:
+    sizes = tuple(int(d.strip("<=")) for d in dims.split(",") if d)
+    bits = BITS.get(dtype) if dtype in BITS else int((re.match(r"[a-z]+(\d+)", dtype) or [0, 8])[1])
+    space = re.search(r"S\((\d+)\)", layout or "")
+    return Array(f"{dtype}[{dims}]", sizes, math.prod(sizes) * bits / 8, space is None or space[1] == "0")
+
+
+def _type(text: str) -> tuple[Array, ...]:
+    return tuple(_array(*m) for m in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", text))
+
+
+def _balanced(text: str, start: int) -> int:
+    """Index after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"hlo: got an unbalanced line {text[:80]!r}")
+
+
+class Program:
+    """Parsed HLO text."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self._tables: dict[str, dict[int, str]] = {}
+        table: dict[int, str] | None = None
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
+                table = None
+                name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+                current = self.computations.setdefault(name, {})
+                if line.startswith("ENTRY"):
+                    self.entry = name
+            elif re.fullmatch(r"FileNames|FunctionNames|FileLocations|StackFrames", line):
+                table = self._tables.setdefault(line, {})
+            elif table is not None and re.match(r"\d+ ", line):
+                number, _, value = line.partition(" ")
+                table[int(number)] = value
+            elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
+                instruction = self._instruction(line, found)
+                current[instruction.name] = instruction
+        self._users = {name: self._index(body) for name, body in self.computations.items()}
+
+    @staticmethod
+    def _instruction(line: str, found: re.Match) -> Instruction:
+        start = found.end()
+        end = _balanced(line, start) if line[start] == "(" else line.index(" ", start)
+        opening = line.index("(", end)
+        closing = _balanced(line, opening)
+        arguments = line[opening + 1 : closing - 1]
+        operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+        opcode = line[end:opening].strip()
+        return Instruction(
+            found[2], _type(line[start:end]), opcode, operands, arguments, line[closing:], bool(found[1])
+        )
+
+    @staticmethod
+    def _index(body: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {name: [] for name in body}
+        for instruction in body.values():
+            for operand in set(instruction.operands):
+                users.setdefault(operand, []).append(instruction)
+        return users
+
+    # ------------------------------------------------------------------------------------------------------ sources
+
+    def stack(self, instruction: Instruction) -> list[str]:
+        """Source files of the instruction's Python stack, outermost first; [] if the text does not say."""
+        found = re.search(r'source_file="([^"]*)"', instruction.tail)
+        if found:
+            return [found[1]]
+        found = re.search(r"stack_frame_id=(\d+)", instruction.tail)
+        frame, files = int(found[1]) if found else 0, []
+        frames, places, names = (self._tables.get(t, {}) for t in ("StackFrames", "FileLocations", "FileNames"))
+        ids = {n: [int(i) for i in re.findall(r"=(\d+)", text)] for n, text in frames.items()}
+        offset = (
+            ids[1][1] if ids else 0
+        )  # the outermost frame's parent is printed as 1 by some versions, as 0 by others
+        while frame in ids:
+            location, parent = ids[frame]
+            files.append(names[int(re.search(r"file_name_id=(\d+)", places[location])[1])].strip('"'))
+            frame = parent - offset
+        return files[::-1]
+
+    def part(self, instruction: Instruction) -> str | None:
+        """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or None."""
+        stack = [f for f in self.stack(instruction) if "/smdlm/" in f or "/optax/" in f]
+        names = ["optax" if "/optax/" in f else f.split("/smdlm/")[-1].removesuffix(".py") for f in stack]
+        return next((n for n in names if n not in CALLERS), None)
+
+    # -------------------------------------------------------------------------------------------------------- loops
+
+    def trips(self, loop: Instruction) -> int | None:
+        """Trip count of a `while`, None if it is a run-time value."""
+        found = re.search(r'"?known_trip_count"?[:=]\{"n":"(\d+)"\}', loop.tail)
+        if found:
+            return int(found[1])
+        body = self.computations[loop.called("condition")]
+        root = next(i for i in body.values() if i.root)
+        if root.opcode != "compare" or "direction=LT" not in root.tail:
+            return None
+        limit = body[root.operands[1]]
+        return int(limit.arguments) if limit.opcode == "constant" else None
+
+    # -------------------------------------------------------------------------------------------------------- costs
+
+    def work(self, assume: Assume) -> list[Work]:
+        """Everything the program runs. assume: trips of a loop when they are a run-time value."""
+        return list(self._run(self.entry, 1.0, "other", assume))
+
+    def _run(self, name: str, count: float, around: str, assume: Assume) -> Iterator[Work]:
+        """around: part of the enclosing loop or branch, which instructions without a stack of their own belong to."""
+        for i in self.computations[name].values():
+            part = self.part(i) or around
+            if i.opcode == "while":
+                trips = self.trips(i)
+                inside = count * (assume(self._loop(i)) if trips is None else trips)
+                for attribute in ("condition", "body"):
+                    yield from self._run(i.called(attribute), inside, part, assume)
+            elif i.opcode == "conditional":
+                runs = [list(self._run(branch, count, part, assume)) for branch in self._branches(i)]
+                yield from max(runs, key=lambda run: (sum(w.flops for w in run), sum(w.hbm for w in run)))
+            elif i.opcode in ("call", "async-start"):
+                yield from self._run(i.called("to_apply") or i.called("calls"), count, part, assume)
+            elif i.opcode not in FREE and not i.opcode.endswith("-done"):
+                flops, hbm, sent = self._flops(name, i), self._hbm(name, i), self._sent(name, i)
+                if flops or hbm or sent:
+                    yield Work(i.name, i.opcode, part, count, count * flops, count * hbm, count * sent)
+
+    def _loop(self, i: Instruction) -> Loop:
+        files = [f.split("/smdlm/")[-1] for f in self.stack(i) if "/smdlm/" in f]
+        rows = [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
+        return Loop(files[-1] if files else "?", max(rows, default=1))
+
+    @staticmethod
+    def _branches(i: Instruction) -> list[str]:
+        found = re.search(r"branch_computations=\{([^}]*)\}", i.tail)
+        return re.findall(r"[\w.\-]+", found[1]) if found else [i.called(f"{b}_computation") for b in ("true", "false")]
+
+    def _operands(self, name: str, i: Instruction) -> list[Instruction]:
+        return [self.computations[name][o] for o in i.operands if o in self.computations[name]]
+
+    def _flops(self, name: str, i: Instruction) -> float:
+        if i.opcode == "fusion":
+            inside = i.called("calls")
+            return sum(self._flops(inside, j) for j in self.computations[inside].values())
+        if i.opcode == "dot":
+            left = self._operands(name, i)[0].type[0].dims
+            return 2 * math.prod(i.type[0].dims) * math.prod(left[d] for d in i.numbers("lhs_contracting_dims"))
+        if i.opcode == "convolution":
+            return _convolution_flops(i, *(o.type[0].dims for o in self._operands(name, i)[:2]))
+        if i.opcode == "custom-call" and (found := re.search(r'"flops":"?(\d+)', i.tail)):
+            return float(found[1])
+        return 0.0
+
+    def _hbm(self, name: str, i: Instruction) -> float:
+        if i.opcode == "custom-call" and any(f'custom_call_target="{t}' in i.tail for t in FREE_CALLS):
+            return 0.0
+        operands = self._operands(name, i)
+        if i.opcode in ("copy-start", "slice-start"):
+            # From or to on-chip memory: the side that lies in HBM, as large as what is moved.
+            moved, source = i.type[1], operands[0].type[0]
+            return moved.bytes * (source.hbm + moved.hbm)
+        if i.opcode == "fusion":
+            inside = self.computations[i.called("calls")]
+            parameters = {int(j.arguments): j.name for j in inside.values() if j.opcode == "parameter"}
+            read = sum(
+                self._read(i.called("calls"), parameters[n], o) for n, o in enumerate(operands) if n in parameters
+            )
+            return read + self._written(i.called("calls"), i)
+        wrapped = {o.name: o for o in operands}
+        return sum(self._read_by(name, i, n, o.type) for n, o in wrapped.items()) + self._written_by(name, i)
+
+    def _read(self, inside: str, parameter: str, operand: Instruction) -> float:
+        whole = sum(a.bytes for a in operand.type if a.hbm)
+        return min(
+            whole, sum(self._read_by(inside, u, parameter, operand.type) for u in self._users[inside][parameter])
+        )
+
+    def _read_by(self, name: str, user: Instruction, operand: str, arrays: tuple[Array, ...]) -> float:
+        """HBM bytes of `operand` that `user` reads; arrays is the operand's type (its memory space counts)."""
+        if not any(a.hbm for a in arrays):
+            return 0.0
+        whole = sum(a.bytes for a in arrays if a.hbm)
+        first = user.operands[0] == operand
+        if user.opcode in ("dynamic-slice", "slice", "gather") and first:
+            return min(whole, sum(a.bytes for a in user.type))
+        if user.opcode in ("dynamic-update-slice", "scatter") and first:
+            return 0.0  # in place
+        if user.opcode == "bitcast":
+            return sum(self._read_by(name, u, user.name, arrays) for u in self._users[name][user.name])
+        if user.opcode == "fusion":
+            inside = self.computations[user.called("calls")]
+            position = user.operands.index(operand)
+            parameter = next(
+                j.name for j in inside.values() if j.opcode == "parameter" and int(j.arguments) == position
+            )
+            users = self._users[user.called("calls")][parameter]
+            return min(whole, sum(self._read_by(user.called("calls"), u, parameter, arrays) for u in users))
+        return 0.0 if user.opcode in ("get-tuple-element", "tuple") else whole
+
+    def _written(self, inside: str, fusion: Instruction) -> float:
+        root = next(j for j in self.computations[inside].values() if j.root)
+        roots = self._operands(inside, root) if root.opcode == "tuple" else [root]
+        if len(roots) != len(fusion.type):
+            return sum(a.bytes for a in fusion.type if a.hbm)
+        return sum(self._update(inside, r, a) for r, a in zip(roots, fusion.type, strict=True) if a.hbm)
+
+    def _written_by(self, name: str, i: Instruction) -> float:
+        return sum(self._update(name, i, a) if len(i.type) == 1 else a.bytes for a in i.type if a.hbm)
+
+    def _update(self, name: str, i: Instruction, array: Array) -> float:
+        while i.opcode == "bitcast":
+            i = self._operands(name, i)[0]
+        if i.opcode == "fusion":
+            inside = self.computations[i.called("calls")]
+            return self._update(i.called("calls"), next(j for j in inside.values() if j.root), array)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            changed = self._operands(name, i)[1 if i.opcode == "dynamic-update-slice" else 2]
+            return min(array.bytes, sum(a.bytes for a in changed.type))
+        return array.bytes
+
+    def _sent(self, name: str, i: Instruction) -> float:
+        kind = collective(i.opcode)
+        if kind is None:
+            return 0.0
+        given = sum(a.bytes for o in self._operands(name, i) for a in o.type)
+        taken = (
+            max((a.bytes for a in i.type), default=0.0) if i.opcode.endswith("-start") else sum(a.bytes for a in i.type)
+        )
+        return 2 * given if kind == "all-reduce" else max(given, taken)
+
+
+def collective(opcode: str) -> str | None:
+    """'all-reduce' of 'all-reduce' and 'all-reduce-start'; None for anything else."""
+    name = opcode.removesuffix("-start")
+    return name if name in COLLECTIVES else None
+
+
+def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """2 x products, without those that meet padding or the holes of a dilated operand: batched products look so."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.tail)
+    window = dict(re.findall(r"(\w+)=(\S+?)(?=[ }])", (re.search(r"window=\{([^}]*)\}", i.tail) or ["", ""])[1] + " "))
+    field = lambda name, default: [int(x) for x in window[name].split("x")] if name in window else default
+    lhs, rhs, out = labels.groups()
+    rank = sum(c.isdigit() for c in lhs)
+    ones = [1] * rank
+    stride, dilate, base = field("stride", ones), field("rhs_dilate", ones), field("lhs_dilate", ones)
+    pads = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * rank
+    total = 2.0 * right[rhs.index("i")] * i.type[0].dims[out.index("b")] * i.type[0].dims[out.index("f")]
+    for d in range(rank):
+        size, kernel, result = left[lhs.index(str(d))], right[rhs.index(str(d))], i.type[0].dims[out.index(str(d))]
+        reach = (size - 1) * base[d] + 1
+        at = (o * stride[d] - pads[d] + k * dilate[d] for o in range(result) for k in range(kernel))
+        total *= sum(0 <= x < reach and x % base[d] == 0 for x in at)
+    return total

@@ -1,0 +1,258 @@
+"""Compiles the train step or the sampler of a config for a topology, and reads what the compiler made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smdlm.aot.chips import Topology
+from smdlm.aot.hlo import Loop, Program
+from smdlm.aot.plain import plain
+from smdlm.aot.report import Report
+from smdlm.build import Config, Experiment, assemble
+from smdlm.data.tokenizer import vocabulary
+from smdlm.partition import BATCH_AXES, batch_sharding, replicated
+from smdlm.sampling.loop import ARSampler, linear_times
+
+BISECTIONS = 20  # of top-p in the sampler: until at most one token lies between the bounds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A lowered program, with `Report`'s fields that are known before compiling. share: of the tokens, read out."""
+
+    lowered: Any
+    program: str
+    batch: int
+    tokens: int
+    steps: int
+    model_flops: float
+    share: float
+    assumed: tuple[str, ...]
+
+
+def compile_train(config: Config, topology: Topology, *, simple: bool = False) -> Report:
+    """The step of `Experiment.train_step`; simple: the plain one of plain.py.
+
+    Raises:
+      ValueError: one line; mesh, batch and topology do not fit together.
+    """
+    experiment, shards = _experiment(config, topology)
+    data = config.data
+    if data.batch_size % shards:
+        raise ValueError(
+            f"data.batch_size: got {data.batch_size} over all chips for a mesh that splits it {shards} ways, wanted a "
+            f"multiple of {shards}, e.g. --config.data.batch_size={max(1, data.batch_size // shards) * shards}"
+        )
+    if simple:
+        experiment = plain(experiment)
+    sharding = batch_sharding(experiment.mesh)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32, sharding=sharding),
+        "valid": jax.ShapeDtypeStruct((data.batch_size,), bool, sharding=sharding),
+    }
+    step, state = experiment.train_step(), experiment.abstract_state()
+    with jax.set_mesh(experiment.mesh):
+        lowered = step.lower(state, batch)
+    tokens = data.batch_size * data.seq_len
+    # A backward pass costs two forwards; pass one has none.
+    two_passes = experiment.objective.p_sm > 0
+    task = _Task(
+        lowered,
+        "train (plain)" if simple else "train",
+        data.batch_size,
+        tokens,
+        steps=1,
+        model_flops=_forward_flops(experiment, tokens) * (4 if two_passes else 3),
+        share=_share(experiment),
+        assumed=("a step with feedback, that is two passes",) if two_passes else (),
+    )
+    return _compile(task, experiment, topology)
+
+
+def compile_sampler(config: Config, topology: Topology) -> Report:
+    """The sampler on sampling.count canvases of data.seq_len masks; count is rounded up to a multiple of the shards."""
+    experiment, shards = _experiment(config, topology)
+    mesh, sampler = experiment.mesh, experiment.sampler
+    count, length = -(-config.sampling.count // shards) * shards, config.data.seq_len
+
+    def everywhere(make: Any) -> Any:
+        abstract = jax.eval_shape(make)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract)
+
+    canvas = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
+    arguments = (sampler, experiment.abstract_params()[0], everywhere(lambda: jax.random.key(0)), canvas)
+    if isinstance(sampler, ARSampler):
+        function, steps = ARSampler.__call__, length - 1
+        tokens_read = count * steps
+    else:
+        function, steps = type(sampler).run, sampler.steps
+        arguments = (*arguments, everywhere(lambda: linear_times(steps)))
+        tokens_read = count * length * steps
+    with jax.set_mesh(mesh):
+        lowered = function.lower(*arguments)
+    task = _Task(
+        lowered,
+        "sample",
+        count,
+        count * length,
+        steps=steps,
+        model_flops=_forward_flops(experiment, tokens_read),
+        share=_share(experiment),
+        assumed=(),
+    )
+    return _compile(task, experiment, topology)
+
+
+def largest_batch(config: Config, topology: Topology, *, simple: bool = False) -> Iterator[Report]:
+    """Train steps of doubled (or halved) batches from the config's on, then bisection between the largest that fits and
+    the smallest that does not, until they are one example per shard or an eighth apart. Every one tried."""
+    _, shards = _experiment(config, topology)
+    unit = shards * config.train.accumulate
+
+    def attempt(units: int) -> Report:
+        data = dataclasses.replace(config.data, batch_size=units * unit)
+        return compile_train(dataclasses.replace(config, data=data), topology, simple=simple)
+
+    low, high, now = 0, None, max(1, config.data.batch_size // unit)
+    while high is None or high - low > max(1, low // 8):
+        report = attempt(now)
+        yield report
+        if report.fits:
+            low = now
+        else:
+            high = now
+        if high is None:
+            now = 2 * low
+        else:
+            now = (low + high) // 2 if low else high // 2
+        if now == 0:
+            return  # not even one example per shard
+
+
+def _experiment(config: Config, topology: Topology) -> tuple[Experiment, int]:
+    """(experiment without data on the topology's mesh, how many ways its batch is split)."""
+    mesh = config.mesh.make(topology.devices())
+    experiment = assemble(config, vocabulary(config.data.tokenizer), mesh, None)
+    return experiment, int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
+    assumed = dict.fromkeys(task.assumed)
+
+    def assume(loop: Loop) -> float:
+        if loop.source == "sampling/filters.py":
+            assumed[f"{BISECTIONS} bisections for top-p"] = None
+            return BISECTIONS
+        if loop.source != "readout.py":
+            assumed[f"once: a loop of unknown length in {loop.source}"] = None
+            return 1
+        chunk = min(experiment.config.readout.chunk, loop.rows)
+        trips = -(-round(task.share * loop.rows) // chunk)
+        assumed[f"{trips} chunks of {chunk} in the readout, for {task.share:g} of {loop.rows} tokens"] = None
+        return trips
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = task.lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            compiled = None
+        seconds = time.perf_counter() - begin
+        dump = _Dump(Path(folder))
+    program = Program(dump.program)
+    arguments, temp, peak = dump.arguments, dump.temp, dump.total
+    if compiled:
+        m = compiled.memory_analysis()
+        arguments, temp = m.argument_size_in_bytes, m.temp_size_in_bytes
+        peak = arguments + temp + m.output_size_in_bytes - m.alias_size_in_bytes + m.generated_code_size_in_bytes
+    return Report(
+        topology=topology,
+        program=task.program,
+        chips=experiment.mesh.size,
+        batch=task.batch,
+        tokens=task.tokens,
+        steps=task.steps,
+        # The TPU compiler refuses what does not fit, the GPU compiler does not.
+        fits=compiled is not None and (not topology.gpu or peak <= topology.chip.limit_gib * 2**30),
+        arguments=arguments,
+        temp=temp,
+        peak=peak,
+        largest=dump.largest(program),
+        # Of a program that does not fit the text is unfinished.
+        work=program.work(assume) if compiled and not topology.gpu else None,
+        assumed=list(assumed),
+        model_flops=task.model_flops,
+        compile_s=seconds,
+        advice=_advice(experiment, task, arguments, temp),
+    )
+
+
+def _advice(experiment: Experiment, task: _Task, arguments: int, temp: int) -> str:
+    ways = []
+    if task.program == "sample":
+        ways.append("a smaller sampling.count")
+    else:
+        if experiment.denoiser.model.config.remat != "block":
+            ways.append("--config.model.remat=block")
+        ways.append(f"--config.data.batch_size={max(1, task.batch // 2)} or a larger train.accumulate")
+    if arguments > temp / 2 and experiment.mesh.shape["fsdp"] == 1:
+        ways.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
+    return "; ".join(ways)
+
+
+class _Dump:
+    """What the compiler writes about buffers; it does so too when they do not fit."""
+
+    def __init__(self, folder: Path):
+        def read(ending: str) -> str:
+            files = sorted(folder.glob(f"*{ending}"), key=lambda file: file.stat().st_size)
+            return files[-1].read_text() if files else ""
+
+        self.program = read("after_optimizations.txt")
+        self._live = read("live-range.txt")
+        lines = re.findall(r"^allocation \d+: .*", read("after_optimizations-buffer-assignment.txt"), re.M)
+        lines = [line for line in lines if ", color " not in line]  # color 0 is HBM, and not printed
+        size = lambda part: sum(int(re.search(r"size (\d+)", line)[1]) for line in lines if part in line)
+        self.arguments, self.temp, self.total = size(", parameter "), size("preallocated-temp"), size("")
+
+    def largest(self, program: Program, count: int = 8) -> list[tuple[int, str]]:
+        """(bytes, type and origin) of the largest buffers alive at the peak; equal ones are added up."""
+        instructions = {i.name: i for body in program.computations.values() for i in body.values()}
+        peak = self._live.partition("(peak):")[2].partition("Stack trace")[0]
+        found: dict[str, tuple[int, int]] = {}
+        for name, index, size in re.findall(r"^\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", peak, re.M):
+            what = name
+            if i := instructions.get(name):
+                array = i.type[min(int(index.partition(",")[0] or 0), len(i.type) - 1)]
+                what = f"{array.text} {'argument' if i.opcode == 'parameter' else program.part(i) or i.opcode}"
+            total, n = found.get(what, (0, 0))
+            found[what] = (total + int(size), n + 1)
+        rows = [(size, f"{n} x {what}" if n > 1 else what) for what, (size, n) in found.items()]
+        return sorted(rows, reverse=True)[:count]
+
+
+def _share(experiment: Experiment) -> float:
+    """Of the tokens, how many are read out: half are masked in training, and in sampling on average; all in AR."""
+    return 1.0 if experiment.denoiser.model.config.causal else 0.5
+
+
+def _forward_flops(experiment: Experiment, tokens: int) -> float:
+    """2 per token and parameter of the blocks, attention, and the head for the tokens that are read out."""
+    params, model = experiment.abstract_params()[0]["backbone"], experiment.denoiser.model.config
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    once = size(params["blocks"].get("adaln", ()))  # applied to one vector, not to every token
+    attention = 4 * experiment.config.data.seq_len * model.width * model.depth * (0.5 if model.causal else 1.0)
+    head = _share(experiment) * 2 * params["head"]["kernel"].size
+    return tokens * (2 * (size(params["blocks"]) - once) + attention + head)
