@@ -182,7 +182,7 @@ def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight):
 @pytest.mark.slow
 def test_every_program_is_compiled_once(eight):
     """Twenty steps, one program; the sampler (whatever its schedule) and each estimate: one for each mesh and size."""
-    assert len(eight["compiled"]) == 6 + 1 + 3
+    assert len(eight["compiled"]) == 7 + 1 + 3
     assert set(eight["compiled"].values()) == {1}, eight["compiled"]
 
 
