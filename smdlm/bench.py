@@ -1,11 +1,11 @@
-"""Speed and memory: python -m smdlm.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE] [--docs]
+"""Speed and memory: python -m smdlm.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE]
 
 Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
 bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
 to none with top-p 0.9 and feedback. Variants are interleaved and medians taken: on a shared machine only the ratios
 within one run mean something. Each size runs in its own process, so that the peak memory is its own.
 
---docs writes docs/performance.md: the sizes above, meshes of forced devices, and programs for accelerators.
+python -m smdlm.performance writes these figures, those of meshes and of accelerators to docs/performance.md.
 """
 
 from __future__ import annotations
@@ -169,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=[*SIZES, "all"], default="tiny")
     parser.add_argument("--repeats", type=int, default=0, help="timed train steps of each kind; 0: 20, or 4 at 169m")
     parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--docs", action="store_true", help="measure all that docs/performance.md shows, and write it")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)  # child process: one row as JSON
     args = parser.parse_args(argv)
     if args.repeats < 0:
@@ -177,11 +176,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.row:
         cpu.keep_memory()
         print(json.dumps(measure(args.size, args.repeats or (4 if args.size == "169m" else 20))))
-        return
-    if args.docs:
-        from smdlm import performance  # it imports this module
-
-        performance.write()
         return
     rows = []
     print(f"{'size':8}" + "".join(f"{name:>22}" for name in COLUMNS), flush=True)

@@ -1,5 +1,6 @@
-"""docs/performance.md: CPU speed, meshes, programs for accelerators (python -m smdlm.bench --docs).
+"""Writes docs/performance.md, which says how fast and how large things are: python -m smdlm.performance
 
+CPU speed (smdlm.bench), meshes of forced devices, and programs for accelerators where their compilers are installed.
 Rows are kept in docs/performance.json as they are measured; what is there is not measured again. Delete the file, or
 some of its rows, to measure anew.
 """
@@ -130,7 +131,7 @@ def render(sizes: dict[str, Any], meshes: list[Any], programs: list[tuple[Any, A
     lines = [
         "# Performance",
         "",
-        "Written by `python -m smdlm.bench --docs` from `performance.json`; delete that file to measure anew.",
+        "Written by `python -m smdlm.performance` from `performance.json`; delete that file to measure anew.",
         "",
         "## On a CPU",
         "",
@@ -160,3 +161,7 @@ def render(sizes: dict[str, Any], meshes: list[Any], programs: list[tuple[Any, A
         hint = hints.get(chip, "`pip install -e '.[aot]'`")
         lines += [f"Not measured for {chip}: its compiler is missing ({hint}).", ""]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    write()

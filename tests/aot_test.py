@@ -215,10 +215,10 @@ def test_programs_of_a_config(here, causal):
         assert readout or causal  # the AR sampler reads every row out: a known number of chunks
 
 
-def test_batches_that_do_not_divide_are_refused(monkeypatch, here):
-    monkeypatch.setattr(measure, "_experiment", lambda config, topology: (None, 3))
-    with pytest.raises(ValueError, match="data.batch_size: got 4 .*wanted a multiple of 3"):
-        compile_train(read(make_config()), here)
+def test_batches_that_do_not_divide_are_refused(here):
+    with pytest.raises(ValueError, match="data.batch_size: got 4, wanted a multiple of 3"):
+        config = read(make_config())
+        compile_train(dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=3)), here)
 
 
 def test_sweeps_end_at_the_largest_batch(monkeypatch, here):

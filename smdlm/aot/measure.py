@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from smdlm.aot.chips import Topology
 from smdlm.aot.hlo import Loop, Program
 from smdlm.aot.plain import plain
 from smdlm.aot.report import Report
-from smdlm.build import Config, Experiment, assemble
+from smdlm.build import Config, Experiment, assemble, check_batch
 from smdlm.data.tokenizer import vocabulary
-from smdlm.partition import BATCH_AXES, batch_sharding, replicated
+from smdlm.partition import batch_sharding, batch_shards, replicated
 from smdlm.sampling.loop import ARSampler, linear_times
 
 BISECTIONS = 20  # of top-p in the sampler: until at most one token lies between the bounds
@@ -46,13 +45,9 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
     Raises:
       ValueError: one line; mesh, batch and topology do not fit together.
     """
-    experiment, shards = _experiment(config, topology)
+    experiment = _experiment(config, topology)
     data = config.data
-    if data.batch_size % shards:
-        raise ValueError(
-            f"data.batch_size: got {data.batch_size} over all chips for a mesh that splits it {shards} ways, wanted a "
-            f"multiple of {shards}, e.g. --config.data.batch_size={max(1, data.batch_size // shards) * shards}"
-        )
+    check_batch(config, experiment.mesh)
     if simple:
         experiment = plain(experiment)
     sharding = batch_sharding(experiment.mesh)
@@ -80,16 +75,16 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
 
 
 def compile_sampler(config: Config, topology: Topology) -> Report:
-    """The sampler on sampling.count canvases of data.seq_len masks; count is rounded up to a multiple of the shards."""
-    experiment, shards = _experiment(config, topology)
-    mesh, sampler = experiment.mesh, experiment.sampler
-    count, length = -(-config.sampling.count // shards) * shards, config.data.seq_len
+    """The sampler on sampling.count canvases of data.seq_len masks, placed as `partition.place` does."""
+    experiment = _experiment(config, topology)
+    mesh, sampler, count, length = experiment.mesh, experiment.sampler, config.sampling.count, config.data.seq_len
 
     def everywhere(make: Any) -> Any:
         abstract = jax.eval_shape(make)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract)
 
-    canvas = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
+    split = batch_sharding(mesh) if count % batch_shards(mesh) == 0 else replicated(mesh)
+    canvas = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=split)
     arguments = (sampler, experiment.abstract_params()[0], everywhere(lambda: jax.random.key(0)), canvas)
     if isinstance(sampler, ARSampler):
         function, steps = ARSampler.__call__, length - 1
@@ -116,8 +111,7 @@ def compile_sampler(config: Config, topology: Topology) -> Report:
 def largest_batch(config: Config, topology: Topology, *, simple: bool = False) -> Iterator[Report]:
     """Train steps of doubled (or halved) batches from the config's on, then bisection between the largest that fits and
     the smallest that does not, until they are one example per shard or an eighth apart. Every one tried."""
-    _, shards = _experiment(config, topology)
-    unit = shards * config.train.accumulate
+    unit = batch_shards(_experiment(config, topology).mesh) * config.train.accumulate
 
     def attempt(units: int) -> Report:
         data = dataclasses.replace(config.data, batch_size=units * unit)
@@ -139,11 +133,10 @@ def largest_batch(config: Config, topology: Topology, *, simple: bool = False) -
             return  # not even one example per shard
 
 
-def _experiment(config: Config, topology: Topology) -> tuple[Experiment, int]:
-    """(experiment without data on the topology's mesh, how many ways its batch is split)."""
+def _experiment(config: Config, topology: Topology) -> Experiment:
+    """Without data, on the topology's mesh."""
     mesh = config.mesh.make(topology.devices())
-    experiment = assemble(config, vocabulary(config.data.tokenizer), mesh, None)
-    return experiment, int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return assemble(config, vocabulary(config.data.tokenizer), mesh, None)
 
 
 def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
