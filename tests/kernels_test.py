@@ -1,4 +1,4 @@
-"""Library kernels against XLA's attention (interpreted on the CPU), and which is chosen where."""
+"""Kernels for TPUs and GPUs against the XLA forms, interpreted on the CPU, and which is chosen where."""
 
 import functools
 
@@ -9,7 +9,8 @@ import pytest
 from conftest import assert_close
 
 from smdlm import kernels, shard
-from smdlm.models.layers import attention
+from smdlm.models.layers import Head, attention
+from smdlm.readout import Readout, _statistics, exclude
 
 SHAPE = (2, 256, 2, 64)
 
@@ -81,3 +82,37 @@ def test_heads_and_batch_are_split_by_hand_only_on_a_mesh():
     x = normal(0, 4, 3)
     assert shard.split_batch(x) is x
     assert shard.per_shard(np.sum, (), None, None) is np.sum
+
+
+@pytest.mark.parametrize("padded", [300, 384])
+@pytest.mark.parametrize("count", [0, 1, 50, 70])
+def test_statistics_kernel_is_the_xla_form(padded, count, monkeypatch):
+    """Tiles that divide neither rows nor vocabulary, ties, padding and excluded ids, rows that are not wanted."""
+    monkeypatch.setattr(kernels, "ROWS", 32)
+    monkeypatch.setattr(kernels, "COLUMNS", 128)
+    hidden = normal(0, 70, 128).astype(jnp.bfloat16)
+    kernel = (0.1 * normal(1, 128, padded)).astype(jnp.bfloat16)
+    # Equal logits in the same tile and in another one, above all others.
+    best = jnp.asarray(hidden[0] * 0.1, jnp.bfloat16)[:, None]
+    kernel = kernel.at[:, jnp.array([10, 40, 200, 250])].set(best)
+    head = exclude(Head(kernel, normal(2, padded).at[jnp.array([10, 40, 200, 250])].set(0.0)), 299, 0, 298)
+    got = statistics_interpreted(hidden, head.kernel, head.bias, jnp.int32(count))
+    wanted = _statistics(head.logits(hidden), 3)
+    assert np.asarray(wanted[0][0]).tolist() == [10, 40, 200], "the ties this test is about"
+    assert_close([x[:count] for x in got], [x[:count] for x in wanted], rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(x).all() for x in got)
+
+
+statistics_interpreted = jax.jit(functools.partial(kernels.statistics, k=3, interpret=True))
+
+
+def test_feedback_takes_the_kernel_where_no_axis_is_left_to_the_compiler(monkeypatch):
+    head = Head(jnp.zeros((128, 256)), jnp.zeros(256))
+    trace = lambda dtype: str(
+        jax.make_jaxpr(Readout(k=3).feedback)(head, jnp.zeros((2, 8, 128), dtype), jnp.ones((2, 8), bool))
+    )
+    assert "readout_statistics" not in trace(jnp.bfloat16)
+    monkeypatch.setattr(shard, "platform", lambda: "tpu")
+    assert "readout_statistics" in trace(jnp.bfloat16) and "readout_statistics" not in trace(jnp.float32)
+    monkeypatch.setattr(shard, "used", lambda: ("tensor",))
+    assert "readout_statistics" not in trace(jnp.bfloat16)
