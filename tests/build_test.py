@@ -92,7 +92,13 @@ def test_a_wrong_type_is_refused(section, field, kind):
 
 OUT_OF_RANGE = {
     **{f"model__{name}": 0 for name in ("width", "depth", "heads", "cond", "vocab_size", "vocab_multiple")},
-    **{"model__dropout": 1.0, "model__dtype": "fp8", "model__remat": "some", "noise__eps": 1.0},
+    **{
+        "model__dropout": 1.0,
+        "model__dtype": "fp8",
+        "model__remat": "some",
+        "model__attention": "flash",
+        "noise__eps": 1.0,
+    },
     **{"data__source": "web:x", "data__tokenizer": "words", "data__seq_len": 1, "data__batch_size": 0},
     **{"data__framing": "lines", "data__val_fraction": 1.5, "data__val_documents": -1, "data__field": ""},
     **{"data__seed": -1, "data__train_split": ""},
@@ -229,7 +235,13 @@ def fingerprint(experiment):
 
 REACH_THE_STEP = {
     **{"model__width": 32, "model__depth": 2, "model__heads": 4, "model__cond": 4, "model__dropout": 0.1},
-    **{"model__dtype": "bfloat16", "model__remat": "block", "model__vocab_multiple": 128, "model__vocab_size": 300},
+    **{
+        "model__dtype": "bfloat16",
+        "model__remat": "block",
+        "model__attention": "xla",
+        "model__vocab_multiple": 128,
+        "model__vocab_size": 300,
+    },
     **{"noise__eps": 0.1, "times__kind": "iid", "times__t_min": 0.2, "times__t_max": 0.7},
     **{"softmask__p_sm": 0.3, "softmask__variant": "full", "softmask__k": 2, "softmask__gate": "constant"},
     **{"softmask__mixer": "slerp", "softmask__scale": 0.2, "softmask__centre": -1.0, "softmask__steepness": 1.0},

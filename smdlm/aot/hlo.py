@@ -12,9 +12,12 @@ XLA's own cost analysis counts the body of a loop once. Here every instruction c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 FREE = {
@@ -28,6 +31,8 @@ FREE_CALLS = (
     "Sharding",
     "GatherScatterIndicesBitpacked",
 )
+# Splash attention states no FLOPs: its products of queries [B, H, L, E] and keys [B, H, M, E] in each kernel.
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 CALLERS = ("train", "objective", "build", "sampling/loop", "aot/__main__", "aot/measure")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -138,8 +143,10 @@ class Program:
                 number, _, value = line.partition(" ")
                 table[int(number)] = value
             elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
-                instruction = self._instruction(line, found)
-                current[instruction.name] = instruction
+                last = self._instruction(line, found)
+                current[last.name] = last
+            elif table is None and current and line.strip("} "):  # attributes of kernels span lines
+                current[last.name] = last = dataclasses.replace(last, tail=last.tail + line)
         self._users = {name: self._index(body) for name, body in self.computations.items()}
 
     @staticmethod
@@ -252,6 +259,9 @@ class Program:
             return _convolution_flops(i, *(o.type[0].dims for o in self._operands(name, i)[:2]))
         if i.opcode == "custom-call" and (found := re.search(r'"flops":"?(\d+)', i.tail)):
             return float(found[1])
+        if i.opcode == "custom-call" and (found := re.match(r"splash_mha_(fwd|dq|dkv)", i.name)):
+            query, key = [o.type[0].dims for o in self._operands(name, i) if len(o.type[0].dims) == 4][:2]
+            return 2 * SPLASH_PRODUCTS[found[1]] * math.prod(query) * key[2]
         return 0.0
 
     def _hbm(self, name: str, i: Instruction) -> float:
@@ -351,7 +361,12 @@ def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, 
     total = 2.0 * right[rhs.index("i")] * i.type[0].dims[out.index("b")] * i.type[0].dims[out.index("f")]
     for d in range(rank):
         size, kernel, result = left[lhs.index(str(d))], right[rhs.index(str(d))], i.type[0].dims[out.index(str(d))]
-        reach = (size - 1) * base[d] + 1
-        at = (o * stride[d] - pads[d] + k * dilate[d] for o in range(result) for k in range(kernel))
-        total *= sum(0 <= x < reach and x % base[d] == 0 for x in at)
+        total *= _meetings(size, kernel, result, stride[d], dilate[d], base[d], pads[d])
     return total
+
+
+@functools.cache
+def _meetings(size: int, kernel: int, result: int, stride: int, dilate: int, base: int, pad: int) -> int:
+    """Pairs of kernel and result positions that meet an entry of the operand, along one dimension."""
+    at = np.arange(result)[:, None] * stride - pad + np.arange(kernel) * dilate
+    return int(np.sum((at >= 0) & (at < (size - 1) * base + 1) & (at % base == 0)))

@@ -29,9 +29,9 @@ class PlainReadout:
 
 
 def plain(experiment: Experiment) -> Experiment:
-    """The same experiment with full logits and without rematerialisation."""
+    """The same experiment with full logits, XLA's attention and no rematerialisation."""
     old = experiment.denoiser
-    model = DiT(dataclasses.replace(old.model.config, remat="none"))
+    model = DiT(dataclasses.replace(old.model.config, remat="none", attention="xla"))
     denoiser = dataclasses.replace(old, model=model)
     objective = dataclasses.replace(
         experiment.objective, denoiser=denoiser, readout=PlainReadout(experiment.config.readout.k)

@@ -46,6 +46,7 @@ class DiTConfig:
       remat: what the backward pass recomputes. 'none'; 'light' keeps the results of the large matrix products and
         recomputes attention weights and elementwise work, which saves memory traffic and is faster than 'none' on a CPU
         too; 'block' recomputes whole blocks.
+      attention: 'auto' takes the kernel of the platform's library where one fits, 'xla' what XLA makes of the formula.
     """
 
     vocab_size: int
@@ -57,6 +58,7 @@ class DiTConfig:
     causal: bool = False
     dtype: str = "float32"
     remat: str = "light"
+    attention: str = "auto"
     vocab_multiple: int = 128
 
     def __post_init__(self):
@@ -71,6 +73,8 @@ class DiTConfig:
             raise ValueError(f"model.dropout: got {self.dropout}, wanted 0 <= dropout < 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype: got {self.dtype!r}, wanted 'float32' or 'bfloat16'")
+        if self.attention not in ("auto", "xla"):
+            raise ValueError(f"model.attention: got {self.attention!r}, wanted 'auto' or 'xla'")
         if self.remat not in ("none", "light", "block"):
             raise ValueError(f"model.remat: got {self.remat!r}, wanted 'none', 'light' or 'block'")
 
@@ -108,7 +112,7 @@ class Block(nn.Module):
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask, causal=cfg.causal and cache is None)
+        h = attention(query, key, value, mask, causal=cfg.causal and cache is None, kernel=cfg.attention)
         names = ("heads", "head", "embed")
         h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")

@@ -65,20 +65,26 @@ def rotary(x: jax.Array, positions: jax.Array, base: float = 10000.0) -> jax.Arr
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    causal: bool = False,
+    kernel: str = "auto",
 ) -> jax.Array:
     """Softmax attention, f32 softmax: query [B, L, H, E], key and value [B, M, H, E], mask [L, M] bool or None.
 
-    The one place where a kernel is chosen, by the platform that the program is compiled for. What its backward pass
-    needs is named 'attention' (`checkpoint_name`): rematerialisation that saves this name repeats nothing of it.
-    Libraries' kernels keep no [B, H, L, M]; the compiler can not split them, so each shard of the batch and of the
-    heads runs its own.
+    The one place where a kernel is chosen: 'xla', or with 'auto' by the platform that the program is compiled for. What
+    its backward pass needs is named 'attention' (`checkpoint_name`): rematerialisation that saves this name repeats
+    nothing of it. Libraries' kernels keep no [B, H, L, M]; the compiler can not split them, so each shard of the batch
+    and of the heads runs its own.
     """
-    where = shard.platform()
+    where = shard.platform() if kernel == "auto" else kernel
     if where == "tpu" and kernels.splash_fits(query, key, mask):
-        kernel = functools.partial(kernels.splash, causal=causal)
+        library = functools.partial(kernels.splash, causal=causal)
     elif where == "gpu" and kernels.cudnn_fits(query, key, mask):
-        kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+        library = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     else:
         if causal:
             mask = jnp.tri(query.shape[1], dtype=bool)
@@ -91,7 +97,7 @@ def attention(
     query, key, value = checkpoint_name((query, key, value), "attention")
     batch, heads = shard.splits(len(query), *shard.BATCH_AXES), shard.splits(query.shape[2], "tensor")
     spec = PartitionSpec(batch or None, None, heads or None)
-    return shard.per_shard(kernel, shard.used(), (spec,) * 3, spec)(query, key, value)
+    return shard.per_shard(library, shard.used(), (spec,) * 3, spec)(query, key, value)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
