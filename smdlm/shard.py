@@ -47,8 +47,9 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     By hand, because the compiler gathers the vocabulary and the looked-up rows of a table that is split both ways: each
     chip looks up what its part of the vocabulary holds, and the parts are summed. The gradient is a scatter-add.
     """
-    axes, vocab, width = used(), splits(len(table), "tensor"), splits(table.shape[1], "fsdp")
-    if not vocab and not width:
+    vocab, width, batch = splits(len(table), "tensor"), splits(table.shape[1], "fsdp"), splits(len(ids), *BATCH_AXES)
+    whole = not batch and any(axis in used() for axis in BATCH_AXES)  # a few examples, which every chip holds
+    if whole or not vocab and not width:
         return table[ids]
 
     def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -60,9 +61,9 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
         held = (ids >= 0) & (ids < len(table))
         return jax.lax.psum(jnp.where(held[..., None], table.at[ids].get(mode="clip"), 0), "tensor")
 
-    batch = PartitionSpec(splits(len(ids), *BATCH_AXES) or None)
-    specs = (PartitionSpec(vocab or None, width or None), batch)
-    return jax.shard_map(rows, in_specs=specs, out_specs=batch, axis_names=set(axes))(table, ids)
+    rows_of = PartitionSpec(batch or None)
+    specs = (PartitionSpec(vocab or None, width or None), rows_of)
+    return jax.shard_map(rows, in_specs=specs, out_specs=rows_of, axis_names=set(used()))(table, ids)
 
 
 def per_shard(fn: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
