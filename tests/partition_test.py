@@ -53,7 +53,7 @@ def child(folder):
         for dropout in (0.1, 0.0) if name in ("one", "mixed") else (0.1,):
             objective = SoftMaskedDiffusion(make_denoiser(dropout=dropout, **sizes), READOUT, 0.5)
             # A large eps: Adam turns rounding into steps of the full learning rate where a gradient is nearly zero.
-            step, fresh = make_training(objective, mesh=mesh, eps=0.1)
+            step, fresh = make_training(objective, mesh=mesh, eps=0.1, lr=3e-3)
             state, curve = fresh(), []
             with jax.set_mesh(mesh):
                 for batch in batches:
@@ -89,7 +89,6 @@ def child(folder):
     denoiser = make_denoiser(**sizes)
     objective = SoftMaskedDiffusion(denoiser, READOUT, 0.5)
     sampler, evaluation = Sampler(denoiser, READOUT, Ancestral(), steps=6), EvalConfig(chain=2)
-    slower = jax.tree.map(lambda x: x**2, linear_times(6))  # other values of the schedule
     batch = {key: np.asarray(value) for key, value in make_batch(8, vocab=23).items()}
     for name in ("one", "mixed"):
         mesh = meshes[name]
@@ -103,6 +102,7 @@ def child(folder):
                         objective, params, [part, part], np.ones(23), evaluation, lambda x, m=mesh: place(m, x)
                     )
                 result["estimates"][f"{name}, {rows} rows"] = [e.nats_per_token for e in estimates.values()]
+            slower = jax.tree.map(lambda x: x**2, linear_times(6))  # other values of the schedule
             for rows in (8, 8, 3):
                 canvas = place(mesh, np.full((rows, 8), denoiser.mask_id, np.int32))
                 samples = fetch(sampler(params, jax.random.key(1), canvas).tokens)
