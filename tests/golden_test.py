@@ -826,7 +826,7 @@ def test_adamw(diffusion):
     n = np.arange(len(pattern))
     stored.check("AdamW", "lr", config.rate(config.lr, 1)(n))
     stored.check("AdamW", "tran_lr", config.rate(config.lr_softmask, 1)(n))
-    stored.check("AdamW", "loss", np.stack(losses))
+    stored.check("loss", "loss", np.stack(losses))
     stored.check("AdamW", "grad_norm_preclip", np.stack(norms), scale=float(stored["grad_norm_preclip"].max()))
     stored.check("AdamW", "sm_raw", np.asarray(raw))
     live, averaged = (mdlm.from_tree(tree["backbone"], diffusion.config) for tree in (state.params, state.ema))
