@@ -1,4 +1,4 @@
-"""owt.py at 1.66 billion parameters: 2048 x 28, 16 heads of width 128, 50,258 ids untied; whole blocks recomputed.
+"""owt.py at 1,660,558,677 parameters: 2048 x 28, 16 heads of width 128, 50,258 ids untied; blocks recomputed.
 
 python -m smdlm.main --config=configs/owt_1b7.py
 

@@ -1,4 +1,4 @@
-"""owt.py at 424M parameters (MDLM's "medium": 1024 x 24 x 16, 50,258 ids untied), parameters sharded over all chips.
+"""owt.py at 424,477,013 parameters (MDLM's "medium": 1024 x 24 x 16, 50,258 ids untied), sharded over all chips.
 
 python -m smdlm.main --config=configs/owt_medium.py
 

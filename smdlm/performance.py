@@ -31,13 +31,13 @@ STEPS = 5
 PLAIN = ("--plain",)
 NONE, BLOCK = ("--config.model.remat=none",), ("--config.model.remat=block",)
 PROGRAMS = (
-    *(("plain", "owt", chips, batch, PLAIN) for chips, batch in (("v5e:4x4", 8), ("v5p:2x2x4", 8), ("h100:8", 32))),
-    *(("no remat", "owt", chips, batch, NONE) for chips, batch in (("v5e:4x4", 8), ("v5p:2x2x4", 8), ("h100:8", 32))),
+    *(("plain", "owt", chips, batch, PLAIN) for chips, batch in (("v5e:4x4", 8), ("h100:8", 32), ("v5p:2x2x4", 8))),
+    *(("no remat", "owt", chips, batch, NONE) for chips, batch in (("v5e:4x4", 8), ("h100:8", 32), ("v5p:2x2x4", 8))),
     ("remat block", "owt", "v5e:4x4", 32, BLOCK),
     *(
         ("as configured", config, chips, 8, ())
-        for config in ("owt", "owt_medium", "owt_1b7")
-        for chips in ("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "h100:8")
+        for chips in ("v5e:4x4", "h100:8", "v6e:4x4", "v5p:2x2x4")
+        for config in ("owt_1b7", "owt_medium", "owt")
     ),
 )
 
@@ -66,9 +66,13 @@ def _mesh(sizes: tuple[int, int, int]) -> dict[str, Any]:
     return _child(f"import json; from smdlm.performance import mesh_row; print(json.dumps(mesh_row({sizes})))")
 
 
+def _compiler(topology: str) -> bool:
+    return importlib.util.find_spec("jax_cuda13_plugin" if topology.startswith("h100") else "libtpu") is not None
+
+
 def _program(what: str, config: str, topology: str, batch: int, flags: tuple[str, ...]) -> list[dict[str, Any]] | None:
     """Rows of `python -m smdlm.aot`, None without the compiler."""
-    if importlib.util.find_spec("jax_cuda13_plugin" if topology.startswith("h100") else "libtpu") is None:
+    if not _compiler(topology):
         return None
     chips = int(np.prod([int(n) for n in topology.partition(":")[2].split("x")]))
     with tempfile.TemporaryDirectory() as folder:
@@ -94,10 +98,19 @@ def write() -> None:
             print(name, flush=True)
         return rows.get(name)
 
-    sizes = {name: get(f"cpu {name}", lambda name=name: measured(name)) for name in SIZES}
-    meshes = [get(f"mesh {m}", lambda m=m: _mesh(m)) for m in MESHES]
-    programs = [(p, get(f"aot {' '.join(map(str, p[:4]))}", lambda p=p: _program(*p))) for p in PROGRAMS]
-    (DOCS / "performance.md").write_text(render(sizes, meshes, programs))
+    try:
+        for name in SIZES:
+            get(f"cpu {name}", lambda name=name: measured(name))
+        for m in MESHES:
+            get(f"mesh {m}", lambda m=m: _mesh(m))
+        for p in PROGRAMS:
+            get(_name(p), lambda p=p: _program(*p))
+    finally:  # interrupted, the page shows what there is
+        (DOCS / "performance.md").write_text(render(rows))
+
+
+def _name(program: tuple[Any, ...]) -> str:
+    return f"aot {' '.join(map(str, program[:4]))}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -105,9 +118,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def render(sizes: dict[str, Any], meshes: list[Any], programs: list[tuple[Any, Any]]) -> str:
-    """The page."""
-    one = np.array(meshes[0]["losses"])
+def render(rows: dict[str, Any]) -> str:
+    """The page, from the rows by name."""
+    sizes = [(name, row) for name in SIZES if (row := rows.get(f"cpu {name}"))]
+    meshes = [row for m in MESHES if (row := rows.get(f"mesh {m}"))]
+    one = np.array(meshes[0]["losses"]) if meshes else None
     mesh_rows = [
         (*m["mesh"], f"{np.max(np.abs(np.array(m['losses']) / one - 1)):.1e}", f"{m['first_step_s']:.1f}")
         for m in meshes
@@ -123,10 +138,11 @@ def render(sizes: dict[str, Any], meshes: list[Any], programs: list[tuple[Any, A
             number(row["mfu"], ".0%"),
             f"{row['compile_s']:.0f}",
         )
-        for (what, config, topology, _, _), rows in programs
-        for row in rows or ()
+        for program in PROGRAMS
+        for what, config, topology in [program[:3]]
+        for row in rows.get(_name(program), ())
     ]
-    missing = sorted({p[2].partition(":")[0] for p, rows in programs if rows is None})
+    missing = sorted({p[2].partition(":")[0] for p in PROGRAMS if _name(p) not in rows and not _compiler(p[2])})
     hints = {"h100": "`pip install -e '.[cuda]'`"}
     lines = [
         "# Performance",
@@ -138,7 +154,7 @@ def render(sizes: dict[str, Any], meshes: list[Any], programs: list[tuple[Any, A
         "Medians of interleaved runs in ms. On a shared machine only the ratios mean something: a soft-masked step",
         "over a binary one, and a sampler's step over a bare forward pass with all logits.",
         "",
-        _table(("size", *COLUMNS), [(n, *(f"{row[c]:.2f}" for c in COLUMNS)) for n, row in sizes.items()]),
+        _table(("size", *COLUMNS), [(n, *(f"{row[c]:.2f}" for c in COLUMNS)) for n, row in sizes]),
         "## Meshes",
         "",
         f"The tiny model on devices forced out of one CPU: the largest relative difference of the losses of {STEPS}",

@@ -179,16 +179,21 @@ class Program:
             return [found[1]]
         found = re.search(r"stack_frame_id=(\d+)", instruction.tail)
         frame, files = int(found[1]) if found else 0, []
+        while frame in self._frames:
+            file, frame = self._frames[frame]
+            files.append(file)
+        return files[::-1]
+
+    @functools.cached_property
+    def _frames(self) -> dict[int, tuple[str, int]]:
+        """Stack frame -> (source file, the frame that called it)."""
         frames, places, names = (self._tables.get(t, {}) for t in ("StackFrames", "FileLocations", "FileNames"))
         ids = {n: [int(i) for i in re.findall(r"=(\d+)", text)] for n, text in frames.items()}
         offset = (
             ids[1][1] if ids else 0
         )  # the outermost frame's parent is printed as 1 by some versions, as 0 by others
-        while frame in ids:
-            location, parent = ids[frame]
-            files.append(names[int(re.search(r"file_name_id=(\d+)", places[location])[1])].strip('"'))
-            frame = parent - offset
-        return files[::-1]
+        name = lambda place: names[int(re.search(r"file_name_id=(\d+)", places[place])[1])].strip('"')
+        return {n: (name(place), parent - offset) for n, (place, parent) in ids.items()}
 
     def part(self, instruction: Instruction) -> str | None:
         """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or None."""
