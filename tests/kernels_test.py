@@ -10,7 +10,7 @@ from conftest import assert_close
 
 from smdlm import kernels, shard
 from smdlm.models.layers import Head, attention
-from smdlm.readout import Readout, _statistics, exclude
+from smdlm.readout import Readout, exclude
 
 SHAPE = (2, 256, 2, 64)
 
