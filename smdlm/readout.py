@@ -65,16 +65,25 @@ def _for_rows(selected: jax.Array, chunk: int, axes: Axes, body: Callable[[jax.A
     as many chunks as the fullest: the compiler may put collectives of a split vocabulary into the loop. With Weyl times
     the shards' counts differ by a few per cent.
     """
-    count = jnp.sum(selected, dtype=jnp.int32)
+    order, count = _rows(selected, selected.shape[0] + -selected.shape[0] % chunk)
     if axes:
         count = jax.lax.pmax(count, axes)
-    size = selected.shape[0] + -selected.shape[0] % chunk
-    order = jnp.nonzero(selected, size=size, fill_value=selected.shape[0])[0].astype(jnp.int32)
 
     def step(i: jax.Array, carry: Any) -> Any:
         return body(jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk), carry)
 
     return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, init)
+
+
+def _rows(selected: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(numbers of the selected rows of [N], filled up with N to the given size, i32; their count)."""
+    order = jnp.nonzero(selected, size=size, fill_value=selected.shape[0])[0].astype(jnp.int32)
+    return order, jnp.sum(selected, dtype=jnp.int32)
+
+
+def _by_kernel(axes: Axes, hidden: jax.Array, kernel: jax.Array, k: int = 1) -> bool:
+    """Whether a Pallas kernel sweeps the vocabulary: on TPUs, with every axis of the mesh in use split by hand."""
+    return shard.platform() == "tpu" and axes == shard.used() and kernels.readout_fits(hidden, kernel, k)
 
 
 def _put(target: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
@@ -147,10 +156,8 @@ class Readout:
 
     def _feedback_rows(self, axes: Axes, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
         flat = hidden.reshape(masked.size, -1)
-        # All axes of the mesh in use are split by hand here, as a kernel wants it.
-        if shard.platform() == "tpu" and axes == shard.used() and kernels.statistics_fit(hidden, self.k):
-            rows = jnp.nonzero(masked.reshape(-1), size=masked.size, fill_value=masked.size)[0].astype(jnp.int32)
-            count = jnp.sum(masked, dtype=jnp.int32)
+        if _by_kernel(axes, hidden, head.kernel, self.k):
+            rows, count = _rows(masked.reshape(-1), kernels.padded_rows(masked.size))
             out = kernels.statistics(flat.at[rows].get(mode="clip"), head.kernel, head.bias, count, self.k)
             return self._feedback(jax.tree.map(lambda t, v: _put(t, rows, v), self._empty(masked.size), out), masked)
 
@@ -203,6 +210,16 @@ class Readout:
     ) -> tuple[jax.Array, jax.Array, jax.Array, Head]:
         """(total over all shards, nll [B, L], d_hidden [B, L, D], gradient of the head summed over all shards, f32)."""
         flat, flat_targets, flat_weights = hidden.reshape(targets.size, -1), targets.reshape(-1), weights.reshape(-1)
+        if _by_kernel(axes, hidden, head.kernel):
+            rows, count = _rows(flat_weights != 0, kernels.padded_rows(targets.size))
+            weight = flat_weights.at[rows].get(mode="fill", fill_value=0)
+            nll, d_rows, d_kernel, d_bias = kernels.nll(
+                *(flat.at[rows].get(mode="clip"), head.kernel, head.bias),
+                *(flat_targets.at[rows].get(mode="clip"), weight, count),
+            )
+            total = jnp.sum(jnp.where(weight != 0, weight * nll, 0))
+            put = lambda like, values: _put(jnp.zeros_like(like), rows, values)
+            return self._over_shards(axes, total, put(flat_weights, nll), put(flat, d_rows), d_kernel, d_bias, hidden)
 
         def body(rows, carry):
             total, out, d_hidden, d_kernel, d_bias = carry
@@ -226,14 +243,24 @@ class Readout:
             jnp.zeros(head.kernel.shape),
             jnp.zeros(head.bias.shape),
         )
-        total, nll, d_hidden, d_kernel, d_bias = _for_rows(
-            flat_weights != 0, self._chunk(targets.size), axes, body, init
-        )
+        carry = _for_rows(flat_weights != 0, self._chunk(targets.size), axes, body, init)
+        return self._over_shards(axes, *carry, hidden)
+
+    def _over_shards(
+        self,
+        axes: Axes,
+        total: jax.Array,
+        nll: jax.Array,
+        d_hidden: jax.Array,
+        d_kernel: jax.Array,
+        d_bias: jax.Array,
+        hidden: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Head]:
         if "fsdp" in axes:  # the kernel's rows are split over it: each shard keeps the sum of its own
             d_kernel = jax.lax.psum_scatter(d_kernel, "fsdp", scatter_dimension=0, tiled=True)
         d_kernel = _sum(d_kernel, tuple(axis for axis in axes if axis != "fsdp"))
         d_head = Head(d_kernel, _sum(d_bias, axes))
-        return _sum(total, axes), nll.reshape(targets.shape), d_hidden.reshape(hidden.shape), d_head
+        return _sum(total, axes), nll.reshape(hidden.shape[:2]), d_hidden.reshape(hidden.shape), d_head
 
     def _empty(self, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jnp.zeros((rows, self.k), jnp.int32), jnp.zeros((rows, self.k)), jnp.zeros(rows)

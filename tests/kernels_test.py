@@ -10,7 +10,7 @@ from conftest import assert_close
 
 from smdlm import kernels, shard
 from smdlm.models.layers import Head, attention
-from smdlm.readout import Readout, _statistics, exclude
+from smdlm.readout import Readout, exclude
 
 SHAPE = (2, 256, 2, 64)
 
@@ -84,26 +84,58 @@ def test_heads_and_batch_are_split_by_hand_only_on_a_mesh():
     assert shard.per_shard(np.sum, (), None, None) is np.sum
 
 
-@pytest.mark.parametrize("padded", [300, 384])
-@pytest.mark.parametrize("count", [0, 1, 50, 70])
-def test_statistics_kernel_is_the_xla_form(padded, count, monkeypatch):
-    """Tiles that divide neither rows nor vocabulary, ties, padding and excluded ids, rows that are not wanted."""
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The readout takes its kernels, in small tiles: several of them by rows and by columns."""
     monkeypatch.setattr(kernels, "ROWS", 32)
     monkeypatch.setattr(kernels, "COLUMNS", 128)
-    hidden = normal(0, 70, 128).astype(jnp.bfloat16)
-    kernel = (0.1 * normal(1, 128, padded)).astype(jnp.bfloat16)
-    # Equal logits in the same tile and in another one, above all others.
-    best = jnp.asarray(hidden[0] * 0.1, jnp.bfloat16)[:, None]
-    kernel = kernel.at[:, jnp.array([10, 40, 200, 250])].set(best)
-    head = exclude(Head(kernel, normal(2, padded).at[jnp.array([10, 40, 200, 250])].set(0.0)), 299, 0, 298)
-    got = statistics_interpreted(hidden, head.kernel, head.bias, jnp.int32(count))
-    wanted = _statistics(head.logits(hidden), 3)
-    assert np.asarray(wanted[0][0]).tolist() == [10, 40, 200], "the ties this test is about"
-    assert_close([x[:count] for x in got], [x[:count] for x in wanted], rtol=1e-5, atol=1e-6)
-    assert all(np.isfinite(x).all() for x in got)
+    for name in ("statistics", "nll"):
+        monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
+    return lambda: monkeypatch.setattr(shard, "platform", lambda: "tpu")
 
 
-statistics_interpreted = jax.jit(functools.partial(kernels.statistics, k=3, interpret=True))
+HIDDEN = (5, 14, 128)  # 70 rows: no multiple of a tile
+TIED = jnp.array([10, 40, 200, 250])  # in one tile of columns, and in others
+
+
+def tied_head():
+    """bf16; the columns TIED are equal, and the best of the first row."""
+    best = 0.1 * normal(0, *HIDDEN)[0, 0, :, None]
+    kernel = (0.1 * normal(1, 128, 384)).at[:, TIED].set(best).astype(jnp.bfloat16)
+    return Head(kernel, (0.1 * normal(2, 384)).at[TIED].set(0.0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 33, 70])
+def test_feedback_kernel_is_the_xla_form(interpreted, count):
+    """With ties, padding and excluded ids, and rows that are not wanted."""
+    hidden = normal(0, *HIDDEN).astype(jnp.bfloat16)
+    masked = (jnp.arange(70) < count).reshape(5, 14)
+    run = lambda: jax.jit(lambda *xs: Readout(k=3, chunk=16).feedback(*xs))(
+        exclude(tied_head(), 299, 298), hidden, masked
+    )
+    wanted = run()
+    interpreted()
+    got = run()
+    if count:
+        assert got.ids[0, 0].tolist() == TIED[:3].tolist()
+    np.testing.assert_array_equal(got.ids, wanted.ids)
+    assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("count", [0, 33, 70])
+def test_nll_kernel_is_the_xla_form(interpreted, count):
+    """Values per token and all gradients."""
+    hidden, head = normal(0, *HIDDEN).astype(jnp.bfloat16), tied_head()
+    targets = jax.random.randint(jax.random.key(3), HIDDEN[:2], 0, 298)
+    weights = jnp.where(jax.random.permutation(jax.random.key(4), 70) < count, 0.5, 0.0).reshape(HIDDEN[:2])
+    loss = lambda head, hidden: Readout(k=3, chunk=16).nll(exclude(head, 299, 298), hidden, targets, weights)
+    run = lambda: jax.jit(jax.value_and_grad(lambda *xs: loss(*xs), (0, 1), has_aux=True))(head, hidden)
+    wanted = run()
+    interpreted()
+    got = run()
+    assert (float(jnp.abs(got[1][1]).max()) > 0) == (count > 0)
+    close = lambda x: jax.tree.map(lambda x: x.astype(jnp.float32), x)
+    assert_close(close(got), close(wanted), rtol=1e-2, atol=1e-5)  # gradients are rounded to bf16 at the end
 
 
 def test_feedback_takes_the_kernel_where_no_axis_is_left_to_the_compiler(monkeypatch):

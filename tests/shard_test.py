@@ -106,5 +106,25 @@ def test_nothing_has_a_row_of_the_vocabulary_per_position(measured, mesh):
     assert [16, PADDED // parts] in arrays, "the chunk's logits: else the test looks at the wrong shapes"
 
 
+def test_a_large_replicated_array_is_named():
+    import jax
+    from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+    from smdlm.partition import AXES, LARGE, assert_sharded
+
+    def tree(mesh, **specs):
+        leaf = lambda spec: jax.ShapeDtypeStruct((LARGE + 4, 1), "float32", sharding=NamedSharding(mesh, spec))
+        small = jax.ShapeDtypeStruct((LARGE,), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+        return {"ema": {name: leaf(spec) for name, spec in specs.items()}, "small": small}
+
+    mesh = AbstractMesh((2, 2, 1), AXES)
+    split, whole = PartitionSpec("fsdp"), PartitionSpec()
+    assert_sharded(tree(mesh, table=split), mesh)
+    with pytest.raises(ValueError, match=r"got 1 arrays.*\n  ema/cond: \(1048580, 1\)$"):
+        assert_sharded(tree(mesh, table=split, cond=whole), mesh)
+    data = AbstractMesh((4, 1, 1), AXES)
+    assert_sharded(tree(data, cond=whole), data)  # nothing could split it
+
+
 if __name__ == "__main__":
     measure()
