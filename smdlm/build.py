@@ -7,7 +7,7 @@ dataclass's documented default.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,11 @@ class Config:
     policy: Policy
 
 
-def read(config: ml_collections.ConfigDict) -> Config:
+def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ()) -> Config:
     """Validates every field of a config before anything is loaded or compiled.
+
+    given_by_user: names of fields set on the command line. A sampling.policy among them starts from its own defaults:
+    parameters that the file meant for its policy are dropped.
 
     Raises:
       ValueError: one line; unknown section or field, wrong type, value out of range, impossible combination.
@@ -190,6 +193,10 @@ def read(config: ml_collections.ConfigDict) -> Config:
     if "k" in given["readout"]:
         raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
     given["readout"]["k"] = given["softmask"].get("k", SoftMaskConfig.k)
+    if "sampling.policy" in given_by_user:
+        dropped = {f.name for cls in POLICIES.values() for f in dataclasses.fields(cls)}
+        dropped -= {name.removeprefix("sampling.") for name in given_by_user}
+        given["sampling"] = {k: v for k, v in given["sampling"].items() if k not in dropped}
     given["sampling"], parameters = _split_policy(given["sampling"])
     sections = {name: _construct(name, cls, given[name]) for name, cls in SECTIONS.items()}
     sections["policy"] = _construct("sampling", POLICIES[sections["sampling"].policy], parameters)

@@ -14,6 +14,7 @@ import logging as stdlib_logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -244,9 +245,34 @@ def _report(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -
         print(f"\n--- sample {i + 1} ({forwards} forwards)\n{text.strip()}")
 
 
+def _check_writable(workdir: Path) -> None:
+    """ValueError, before hours of work, if nothing can be written there; makes no folder."""
+    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"--workdir: got {workdir} ({error.strerror}), wanted a folder that can be written") from error
+
+
+def _check_same_config(workdir: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ValueError if a finished run answers another question: it differs in a field that shapes training."""
+    free = {"log_every", "save_every", "eval_every", "keep"}
+    different = [
+        f"{section}.{field}"
+        for section in ("model", "data", "noise", "times", "softmask", "optimizer", "train")
+        for field in sorted({*saved.get(section, {}), *asked.get(section, {})} - free)
+        if saved.get(section, {}).get(field) != asked.get(section, {}).get(field)
+    ]
+    if different:
+        raise ValueError(
+            f"{workdir}: got a finished run with another {', '.join(different)}, wanted the same: name another "
+            "--workdir, or --overwrite"
+        )
+
+
 def main(_: Sequence[str]) -> None:
     stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)  # INFO names every backend that is not there
-    config = read(CONFIG.value)
+    config = read(CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
     cpu.keep_memory()
     if DISTRIBUTED.value:
         runtime.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -256,6 +282,8 @@ def main(_: Sequence[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or f"runs/{name}")
     directory = workdir / "checkpoints"
+    if MODE.value != "eval":
+        _check_writable(workdir)
     runtime.keep_compiled(workdir.parent / "compiled")
     if OVERWRITE.value and MODE.value == "train" and directory.exists() and chief:
         shutil.rmtree(directory)
@@ -266,6 +294,7 @@ def main(_: Sequence[str]) -> None:
     if MODE.value == "train":
         summary = _finished(workdir, checkpointer, config.train.updates(config.softmask.p_sm))
         if summary:
+            _check_same_config(workdir, checkpointer.read_meta().get("config", snapshot), snapshot)
             if chief:
                 print(f"{workdir} holds a finished run (--overwrite starts anew):")
                 _print_summary(summary, workdir)
@@ -291,7 +320,8 @@ def main(_: Sequence[str]) -> None:
 
 def _fail(error: BaseException) -> None:
     """One line (a mismatch lists its leaves below it), exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    text = " ".join(str(error.args[0]).split()) if isinstance(error, KeyError) and error.args else error
+    print(f"error: {text}", file=sys.stderr)
     if jax.distributed.is_initialized():
         # The usual exit would wait for the other processes, which may be waiting for this one.
         sys.stderr.flush()
@@ -304,6 +334,9 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
             raise ValueError("--config: got nothing, wanted a file, e.g. --config=configs/tiny.py")
+        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+        if not file.is_file():
+            raise ValueError(f"--config: got {file}, wanted a Python file, e.g. configs/tiny.py")
         if len(rest) > 1:
             raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
         return rest
@@ -315,7 +348,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 def _main(argv: Sequence[str]) -> None:
     try:
         main(argv)
-    except (ValueError, FileNotFoundError, CheckpointDamaged, NonFiniteLoss, ImportError) as error:
+    except (ValueError, OSError, CheckpointDamaged, NonFiniteLoss, ImportError) as error:
         _fail(error)
 
 

@@ -28,6 +28,7 @@ from smdlm.models.layers import Head
 from smdlm.sampling.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback, top_k
 
+CACHED = 2**18  # logits of `_in_cache`: 1 MiB
 EXCLUDED = -1e30  # logit of ids that are never predicted; finite, so that 0 * logit stays 0 in the entropy
 
 
@@ -84,6 +85,20 @@ def _rows(selected: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def _by_kernel(axes: Axes, hidden: jax.Array, kernel: jax.Array, k: int = 1) -> bool:
     """Whether a Pallas kernel sweeps the vocabulary: on TPUs, with every axis of the mesh in use split by hand."""
     return shard.platform() == "tpu" and axes == shard.used() and kernels.readout_fits(hidden, kernel, k)
+
+
+def _in_cache(fn: Callable[..., Any], logits: jax.Array, *arrays: jax.Array) -> Any:
+    """fn(logits [C, V], arrays [C, ..]), on CPUs for a few rows at a time, whose logits stay in the cache.
+
+    A draw makes some thirty passes over its logits: measured for about 512 rows of 50,304, 390 -> 300 ms with the head.
+    """
+    rows, vocab = logits.shape
+    few = max(n for n in range(1, max(1, CACHED // vocab) + 1) if rows % n == 0)
+    if shard.platform() != "cpu" or few == rows:
+        return fn(logits, *arrays)
+    fold = lambda x: x.reshape(-1, few, *x.shape[1:])
+    out = jax.lax.map(lambda xs: fn(*xs), tuple(fold(x) for x in (logits, *arrays)))
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
 
 
 def _put(target: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
@@ -173,16 +188,18 @@ class Readout:
     ) -> Draw:
         flat, flat_u = hidden.reshape(masked.size, -1), u.reshape(-1)
 
-        def body(rows, carry):
-            logits = head.logits(flat.at[rows].get(mode="clip"))
+        def candidates(logits, u):
             statistics = _statistics(logits, self.k)
             if filters.temperature == 0:
-                ids, log_prob = statistics[0][:, 0], jnp.zeros(rows.shape)
-            else:
-                probs = filters.probs(logits)
-                ids, total = inverse_cdf(probs, flat_u.at[rows].get(mode="clip"))
-                log_prob = jnp.log(jnp.take_along_axis(probs, ids[:, None], 1)[:, 0] / total)
-            return jax.tree.map(lambda t, v: _put(t, rows, v), carry, (ids, log_prob, statistics))
+                return statistics[0][:, 0], jnp.zeros(u.shape), statistics
+            probs = filters.probs(logits)
+            ids, total = inverse_cdf(probs, u)
+            return ids, jnp.log(jnp.take_along_axis(probs, ids[:, None], 1)[:, 0] / total), statistics
+
+        def body(rows, carry):
+            logits = head.logits(flat.at[rows].get(mode="clip"))
+            found = _in_cache(candidates, logits, flat_u.at[rows].get(mode="clip"))
+            return jax.tree.map(lambda t, v: _put(t, rows, v), carry, found)
 
         init = (jnp.zeros(masked.size, jnp.int32), jnp.zeros(masked.size), self._empty(masked.size))
         ids, log_prob, statistics = _for_rows(masked.reshape(-1), self._chunk(masked.size), axes, body, init)

@@ -197,7 +197,7 @@ class ConstantGate:
 
 
 class Mixer(Protocol):
-    """(mask embedding [D], candidate embedding [B, L, D], lam [B, L, 1] f32) -> [B, L, D]."""
+    """(mask embedding and candidate embedding [B, L, D], lam [B, L, 1] f32) -> [B, L, D]."""
 
     def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array: ...
 
@@ -266,11 +266,18 @@ class SoftMask:
         """The feedback with whatever else this operator remembers of the hidden states [B, L, D]: nothing here."""
         return feedback
 
-    def candidate(self, omega: Params, table: jax.Array, head: Any, feedback: Feedback) -> tuple[jax.Array, jax.Array]:
-        """(candidate embedding [B, L, D] f32, neg_entropy [B, L]): the renormalised top-k average of table rows."""
+    def look_up(
+        self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(rows of the tokens, candidate embeddings, both [B, L, D] f32, neg_entropy [B, L]).
+
+        The candidate is the renormalised top-k average of table rows. One lookup for all: the gradient of each is an
+        array of the table's size.
+        """
         weights = feedback.probs / jnp.maximum(feedback.probs.sum(-1, keepdims=True), 1e-30)
-        rows = shard.lookup(table, feedback.ids).astype(jnp.float32)
-        return jnp.einsum("blk,blkd->bld", weights, rows), feedback.neg_entropy
+        ids = jnp.concatenate([tokens[..., None], feedback.ids], axis=-1)
+        rows = shard.lookup(table, ids).astype(jnp.float32)
+        return rows[:, :, 0], jnp.einsum("blk,blkd->bld", weights, rows[:, :, 1:]), feedback.neg_entropy
 
     def __call__(
         self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback, mask_id: int
@@ -285,10 +292,10 @@ class SoftMask:
           feedback: what masked positions remember.
         """
         chex.assert_equal_shape([tokens, feedback.active])
-        rows = shard.lookup(table, tokens).astype(jnp.float32)
-        candidate, entropy = self.candidate(omega, table, head, feedback)
+        rows, candidate, entropy = self.look_up(omega, table, head, tokens, feedback)
         lam = self.gate(omega, entropy)[..., None]
-        soft = self.mixer(table[mask_id].astype(jnp.float32), candidate, lam)
+        # Where it counts, the row of the token is the mask's.
+        soft = self.mixer(rows, candidate, lam)
         return jnp.where((feedback.active & (tokens == mask_id))[..., None], soft, rows)
 
 
@@ -321,7 +328,10 @@ class FullSoftMask(SoftMask):
         log_q = jax.nn.log_softmax(log_probs / temperature)
         return jnp.exp(log_q) @ table, neg_entropy(log_q)
 
-    def candidate(self, omega: Params, table: jax.Array, head: Any, feedback: Feedback) -> tuple[jax.Array, jax.Array]:
+    def look_up(
+        self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = shard.lookup(table, tokens).astype(jnp.float32)
         head = jax.lax.stop_gradient(head)
         table = table.astype(jnp.float32)
 
@@ -335,4 +345,4 @@ class FullSoftMask(SoftMask):
         mixed, entropy = jax.lax.map(chunk, flat.reshape(-1, self.chunk, width))
         count = batch * length
         mixed = mixed.reshape(-1, mixed.shape[-1])[:count].reshape(batch, length, -1)
-        return mixed, entropy.reshape(-1)[:count].reshape(batch, length)
+        return rows, mixed, entropy.reshape(-1)[:count].reshape(batch, length)

@@ -52,6 +52,8 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):
             raise ValueError(f"train.update_budget: got {self.update_budget!r}, wanted 'iso_update' or 'iso_compute'")
         for name in ("save_every", "eval_every"):

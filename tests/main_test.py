@@ -101,6 +101,10 @@ def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
         ("--config.data.source=text:/nowhere/*.txt", "/nowhere"),
         ("--config.data.seq_len=1000000", "1000000"),
         ("--mode=evaluate", "evaluate"),
+        ("--config.trian.steps=3", "trian"),
+        ("--config=configs/nowhere.py", "configs/nowhere.py"),
+        ("--workdir=/proc/nowhere/run", "/proc/nowhere/run"),
+        ("--workdir=README.md/run", "README.md/run"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flag, message):
@@ -109,6 +113,19 @@ def test_bad_input_is_one_line(tmp_path, flag, message):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_finished_run_does_not_answer_for_another_config(finished):
+    done = call(finished[0], "--config.optimizer.lr=0.1", "--config.train.keep=1")
+    assert done.returncode == 2 and "another optimizer.lr, wanted" in done.stderr
+
+
+def test_a_policy_given_by_the_user_starts_from_its_own_defaults(finished):
+    """tiny.py has an eta for its own policy."""
+    done = call(finished[0], "--mode=sample", "--config.sampling.policy=entropy")
+    assert done.returncode == 0, done.stderr
+    done = call(finished[0], "--mode=sample", "--config.sampling.policy=entropy", "--config.sampling.eta=0.1")
+    assert done.returncode == 2 and "got eta" in done.stderr
 
 
 def test_another_model_lists_every_leaf(finished):

@@ -307,9 +307,9 @@ def test_k_equal_to_the_vocabulary_is_the_full_distribution(scene, mixer, chunk)
 
 def test_full_variant_uses_its_temperature(scene):
     """Candidate and entropy both at temperature T; T -> 0 takes the best token."""
-    table, head, _, _, log_probs = scene
+    table, head, tokens, _, log_probs = scene
     full = FullSoftMask(gate=GATE, temperature=0.5)
-    candidate, entropy = full.candidate(full.init(), table, head, full_feedback(full, scene))
+    _, candidate, entropy = full.look_up(full.init(), table, head, tokens, full_feedback(full, scene))
     q = np.exp(2 * np.asarray(log_probs, np.float64))
     q /= q.sum(-1, keepdims=True)
     np.testing.assert_allclose(candidate, q @ np.asarray(table, np.float64), rtol=1e-3, atol=1e-4)
@@ -317,7 +317,7 @@ def test_full_variant_uses_its_temperature(scene):
         entropy, np.where(q > 0, q * np.log(np.maximum(q, 1e-300)), 0).sum(-1), rtol=1e-3, atol=1e-5
     )
     cold = FullSoftMask(gate=GATE, temperature=1e-3)
-    candidate, entropy = cold.candidate(cold.init(), table, head, full_feedback(cold, scene))
+    _, candidate, entropy = cold.look_up(cold.init(), table, head, tokens, full_feedback(cold, scene))
     np.testing.assert_allclose(candidate, table[log_probs.argmax(-1)], atol=1e-2)
 
 

@@ -34,7 +34,8 @@ JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
 
 
 def reports() -> Iterator[Report]:
-    config, topology = read(CONFIG.value), Topology(TOPOLOGY.value)
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    config, topology = read(CONFIG.value, given), Topology(TOPOLOGY.value)
     if SWEEP.value:
         yield from largest_batch(config, topology, simple=PLAIN.value)
         return

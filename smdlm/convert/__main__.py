@@ -43,7 +43,9 @@ def import_checkpoint(args: argparse.Namespace) -> list[str]:
     shadow = files.load(args.ema) if args.ema else None
     sizes = {name: getattr(args, name, None) for name in SIZES}
     softmask = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}[args.softmask or "topk"]
-    multiple = args.vocab_multiple or 128
+    multiple = 128 if args.vocab_multiple is None else args.vocab_multiple
+    if multiple < 1:
+        raise files.FileError(f"--vocab_multiple: got {multiple}, wanted at least 1")
     if args.config:
         wanted, multiple, softmask = _from_config(args.config, args.kind)
         sizes |= {name: value for name, value in wanted.items() if sizes[name] is None}
@@ -72,7 +74,7 @@ def import_checkpoint(args: argparse.Namespace) -> list[str]:
         checkpointer.close()
     return [
         *made.notes,
-        f"wrote {directory} (step 0): python -m smdlm.main --workdir={directory.parent} --mode=sample ...",
+        f"wrote {directory} (step 0): python -m smdlm.main --config=FILE --workdir={directory.parent} --mode=sample",
     ]
 
 
@@ -82,8 +84,14 @@ def _from_config(path: str, kind: str) -> tuple[dict[str, int], int, SoftMask | 
     if spec is None or not Path(path).exists():
         raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = read(module.get_config())
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever the file does
+        raise files.FileError(
+            f"--config: got {path} ({type(error).__name__}: {error}), wanted a Python file with get_config()"
+        ) from error
+    config = read(config)
     if bool(config.model.get("causal")) != (kind == "ar"):
         raise files.FileError(f"{path}: got a config of an {'mdlm' if kind == 'ar' else 'ar'} model, wanted {kind}")
     model = mdlm.DiTConfig(**{"vocab_size": 2, **config.model})

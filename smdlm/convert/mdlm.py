@@ -375,7 +375,10 @@ def model_config(backbone: Mapping[str, Any], meta: Mapping[str, Any], kind: str
     rows, width = backbone["embed"].shape
     depth, _, _, heads, _ = backbone["blocks"]["qkv"]["kernel"].shape
     cond = 128 if causal else backbone["sigma_map"]["out"]["kernel"].shape[0]
-    vocab = vocab_size or meta.get("model", {}).get("vocab_size")
+    known = meta.get("model", {}).get("vocab_size")
+    if known and vocab_size not in (None, known):
+        raise ConversionError(f"--vocab_size: got {vocab_size}, wanted {known}, the checkpoint's own: leave it out")
+    vocab = known or vocab_size
     if not vocab or not 0 < vocab <= rows:
         raise ConversionError(
             f"got vocabulary {vocab} for tables of {rows} rows, wanted its size without padding (with the mask): "

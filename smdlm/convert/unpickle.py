@@ -20,7 +20,7 @@ HARMFUL_MODULES = frozenset(
     "os posix nt posixpath ntpath subprocess pty sys socket shutil importlib runpy ctypes code codeop pickle _pickle "
     "marshal types webbrowser multiprocessing signal asyncio urllib http requests ftplib smtplib timeit pdb bdb "
     "cProfile profile trace tempfile threading concurrent zipimport pkgutil pip ensurepip venv site atexit gc inspect "
-    "_posixsubprocess _thread commands popen2 platform joblib dill cloudpickle".split()
+    "io _io _posixsubprocess _thread commands popen2 platform joblib dill cloudpickle".split()
 )
 HARMFUL_BUILTINS = frozenset(
     "eval exec execfile compile open file input raw_input __import__ globals locals vars setattr delattr breakpoint "

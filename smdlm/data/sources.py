@@ -141,7 +141,9 @@ class JsonlSource:
         except ValueError as error:
             raise ValueError(f"data: got a line that is not JSON at {document.key} ({error})") from error
         if not isinstance(example, dict) or not isinstance(example.get(self.field), str):
-            got = f"fields {sorted(example)}" if isinstance(example, dict) else f"a {type(example).__name__}"
+            got = f"a {type(example).__name__}"
+            if isinstance(example, dict):
+                got = f"fields { {key: type(value).__name__ for key, value in sorted(example.items())} }"
             raise ValueError(f"data: got {got} at {document.key}, wanted text in {self.field!r}: set data.field")
         # JSON can spell lone surrogates, which UTF-8 cannot hold.
         return example[self.field].encode("utf-8", errors="replace").decode("utf-8")
