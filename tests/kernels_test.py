@@ -66,14 +66,27 @@ def test_cudnn_is_for_half_precision(shape, dtype, fits):
     assert not kernels.cudnn_fits(query, query, jnp.ones((shape[1], shape[1]), bool))
 
 
+def pallas_calls(jaxpr):
+    """How many, without those in calls that have no result: jax 0.10 leaves dead calls to the compiler."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name == "pallas_call":
+            count += 1
+        elif inner is not None and eqn.outvars:
+            count += pallas_calls(getattr(inner, "jaxpr", inner))
+    return count
+
+
 def test_saving_attention_repeats_nothing_of_it(monkeypatch):
     """Under a policy that saves the name: one forward kernel and the backward pair, none twice."""
     monkeypatch.setattr(shard, "platform", lambda: "tpu")
     saved = jax.checkpoint_policies.save_only_these_names("attention")
-    loss = lambda policy: (
-        lambda q: jnp.sum(jax.checkpoint(lambda q: attention(q, q, q), policy=policy)(jnp.sin(q)) ** 2)
-    )
-    count = lambda policy: str(jax.make_jaxpr(jax.grad(loss(policy)))(jnp.zeros(SHAPE))).count("pallas_call[")
+
+    def count(policy):
+        block = jax.checkpoint(lambda q: attention(q, q, q), policy=policy)
+        return pallas_calls(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(block(jnp.sin(q)) ** 2)))(jnp.zeros(SHAPE)).jaxpr)
+
     assert (count(saved), count(None)) == (3, 4)
 
 
