@@ -19,7 +19,7 @@ class Report:
     Attributes:
       program: 'train', 'train (plain)' or 'sample'.
       batch, tokens: examples and tokens of all chips together; steps: forward passes of a sampler, 1 for training.
-      arguments, temp, peak: bytes of HBM. peak is arguments, temporaries, results that reuse no argument, and code.
+      arguments, temp, peak: bytes of HBM; the peak may be less than the sum of the two.
       largest: (bytes, what) of the buffers alive when the most is, largest first.
       work: all that runs, see hlo.py; None where the compiler's text does not say (GPUs, programs that do not fit).
       assumed: choices made where a run-time value decides.
