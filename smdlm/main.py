@@ -332,11 +332,9 @@ def _fail(error: BaseException) -> None:
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
         rest = flags.FLAGS(argv)
-        if CONFIG.value is None:
-            raise ValueError("--config: got nothing, wanted a file, e.g. --config=configs/tiny.py")
-        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-        if not file.is_file():
-            raise ValueError(f"--config: got {file}, wanted a Python file, e.g. configs/tiny.py")
+        file = flags.FLAGS["config"].present and config_flags.get_config_filename(flags.FLAGS["config"])
+        if not file or not Path(file).is_file():  # `CONFIG.value` would name neither
+            raise ValueError(f"--config: got {file or 'nothing'}, wanted a Python file, e.g. --config=configs/tiny.py")
         if len(rest) > 1:
             raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
         return rest
