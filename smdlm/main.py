@@ -329,12 +329,22 @@ def _fail(error: BaseException) -> None:
     sys.exit(2)
 
 
+def _check_file(argv: Sequence[str]) -> None:
+    """ValueError without a config file that exists; before ml_collections fails with a text that does not name it."""
+    names = [flag.partition("=") for flag in argv]
+    given = [value or following for (name, _, value), following in zip(names, [*argv[1:], ""], strict=True)
+             if name in ("--config", "-config")]  # fmt: skip
+    if any(name.startswith("--help") for name, _, _ in names):
+        return
+    if not given or not Path(given[-1].partition(":")[0]).is_file():
+        got = given[-1] if given else "nothing"
+        raise ValueError(f"--config: got {got}, wanted a Python file, e.g. --config=configs/tiny.py")
+
+
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
+        _check_file(argv)
         rest = flags.FLAGS(argv)
-        file = flags.FLAGS["config"].present and config_flags.get_config_filename(flags.FLAGS["config"])
-        if not file or not Path(file).is_file():  # `CONFIG.value` would name neither
-            raise ValueError(f"--config: got {file or 'nothing'}, wanted a Python file, e.g. --config=configs/tiny.py")
         if len(rest) > 1:
             raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
         return rest
