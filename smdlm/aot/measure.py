@@ -164,7 +164,6 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
             compiled = None
         seconds = time.perf_counter() - begin
         dump = _Dump(Path(folder))
-    program = Program(dump.program)
     arguments, temp, peak = dump.arguments, dump.temp, dump.total
     if compiled:
         m = compiled.memory_analysis()
@@ -183,9 +182,9 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         arguments=arguments,
         temp=temp,
         peak=peak,
-        largest=dump.largest(program),
-        # Of a program that does not fit the text is unfinished.
-        work=program.work(assume) if compiled and not topology.gpu else None,
+        largest=dump.largest(),
+        # Not the dump's text, which writes elements of tuples in another way; a program that does not fit has no other.
+        work=Program(compiled.as_text()).work(assume) if compiled and not topology.gpu else None,
         assumed=list(assumed),
         model_flops=task.model_flops,
         compile_s=seconds,
@@ -214,23 +213,23 @@ class _Dump:
             files = sorted(folder.glob(f"*{ending}"), key=lambda file: file.stat().st_size)
             return files[-1].read_text() if files else ""
 
-        self.program = read("after_optimizations.txt")
+        self._program = Program(read("after_optimizations.txt"))
         self._live = read("live-range.txt")
         lines = re.findall(r"^allocation \d+: .*", read("after_optimizations-buffer-assignment.txt"), re.M)
         lines = [line for line in lines if ", color " not in line]  # color 0 is HBM, and not printed
         size = lambda part: sum(int(re.search(r"size (\d+)", line)[1]) for line in lines if part in line)
         self.arguments, self.temp, self.total = size(", parameter "), size("preallocated-temp"), size("")
 
-    def largest(self, program: Program, count: int = 8) -> list[tuple[int, str]]:
+    def largest(self, count: int = 8) -> list[tuple[int, str]]:
         """(bytes, type and origin) of the largest buffers alive at the peak; equal ones are added up."""
-        instructions = {i.name: i for body in program.computations.values() for i in body.values()}
+        instructions = {i.name: i for body in self._program.computations.values() for i in body.values()}
         peak = self._live.partition("(peak):")[2].partition("Stack trace")[0]
         found: dict[str, tuple[int, int]] = {}
         for name, index, size in re.findall(r"^\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", peak, re.M):
             what = name
             if i := instructions.get(name):
                 array = i.type[min(int(index.partition(",")[0] or 0), len(i.type) - 1)]
-                what = f"{array.text} {'argument' if i.opcode == 'parameter' else program.part(i) or i.opcode}"
+                what = f"{array.text} {'argument' if i.opcode == 'parameter' else self._program.part(i) or i.opcode}"
             total, n = found.get(what, (0, 0))
             found[what] = (total + int(size), n + 1)
         rows = [(size, f"{n} x {what}" if n > 1 else what) for what, (size, n) in found.items()]
