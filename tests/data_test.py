@@ -365,7 +365,7 @@ def test_jsonl(tmp_path):
     data = load(config)
     assert data.tokenizer.decode(stream_of(data.train)).splitlines() == [f"document {i} ?" for i in range(30)]
     assert data.tokenizer.decode(stream_of(data.val)).splitlines() == [f"document {i} ?" for i in range(30, 40)]
-    with pytest.raises(ValueError, match="got fields \\['body', 'id'\\] at a.jsonl:1, wanted text in 'text'"):
+    with pytest.raises(ValueError, match="got fields {'body': 'str', 'id': 'int'} at a.jsonl:1, wanted text in 'text'"):
         load(config_of(f"jsonl:{tmp_path}/*"))
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n[1]\n')
     with pytest.raises(ValueError, match="got a list at a.jsonl:2"):
