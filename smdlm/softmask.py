@@ -22,6 +22,7 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from smdlm import shard
 
@@ -331,18 +332,24 @@ class FullSoftMask(SoftMask):
     def look_up(
         self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        axes = shard.splits(len(tokens), *shard.BATCH_AXES)
+        split, whole = PartitionSpec(axes), PartitionSpec()
+        local = shard.per_shard(self._mix_all, axes, (whole, whole, whole, split), split)
         rows = shard.lookup(table, tokens).astype(jnp.float32)
-        head = jax.lax.stop_gradient(head)
-        table = table.astype(jnp.float32)
+        candidate, entropy = local(omega, table.astype(jnp.float32), jax.lax.stop_gradient(head), feedback.hidden)
+        return rows, candidate, entropy
+
+    def _mix_all(self, omega: Params, table: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`mix` of the predictions of hidden [B, L, D], a chunk at a time."""
 
         @jax.checkpoint
         def chunk(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.mix(omega, table, jax.nn.log_softmax(head.logits(hidden)))
 
-        batch, length, width = feedback.hidden.shape
-        flat = feedback.hidden.reshape(-1, width)
+        batch, length, width = hidden.shape
+        flat = hidden.reshape(-1, width)
         flat = jnp.pad(flat, ((0, -len(flat) % self.chunk), (0, 0)))
         mixed, entropy = jax.lax.map(chunk, flat.reshape(-1, self.chunk, width))
         count = batch * length
         mixed = mixed.reshape(-1, mixed.shape[-1])[:count].reshape(batch, length, -1)
-        return rows, mixed, entropy.reshape(-1)[:count].reshape(batch, length)
+        return mixed, entropy.reshape(-1)[:count].reshape(batch, length)
