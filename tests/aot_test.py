@@ -130,7 +130,7 @@ ENTRY %main (q: (s32[], s32[8192], bf16[256,768]), a.1: bf16[8,1024,768,1,1], b.
   %splash_mha_dq_no_residuals.1 = bf16[8,12,1024,64]{3,2,1,0:T(8,128)(2,1)} custom-call(%q.1, %q.1, %q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="splash" stack_frame_id=1}
-  %sweep.1 = f32[8192,3]{1,0:T(8,128)} custom-call(%q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %readout_sweep.1 = f32[8192,3]{1,0:T(8,128)} custom-call(%q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 }}, metadata={op_name="sweep" stack_frame_id=2}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"7"}}}
   ROOT %f = bf16[8,1024,3,12,64]{1,4,3,2,0:T(8,128)(2,1)S(1)} fusion(%a.1, %b.1), kind=kOutput, calls=%products, metadata={op_name="dot" stack_frame_id=2}
 }
@@ -140,7 +140,7 @@ ENTRY %main (q: (s32[], s32[8192], bf16[256,768]), a.1: bf16[8,1024,768,1,1], b.
 def test_the_text_of_the_tpu_compiler():
     """As libtpu writes it: trip counts in the conditions, products as convolutions, memory spaces, stack frames."""
     loops = []
-    work = Program(TPU).work(lambda loop: loops.append(loop) or 2)
+    work = Program(TPU, share=0.5).work(lambda loop: loops.append(loop) or 2)
     assert [(loop.source, loop.rows) for loop in loops] == [("readout.py", 8192)]
     product = next(w for w in work if w.opcode == "fusion")
     # 8 x 1024 rows of 768 times [768, 3 x 12 x 64]; padding of the window adds nothing. The result stays on the chip.
@@ -152,7 +152,8 @@ def test_the_text_of_the_tpu_compiler():
     copies = [w for w in work if w.opcode == "copy-start"]
     assert [w.hbm for w in copies] == [12 * array, 2 * array]  # read from HBM, written on the chip
     splash, sweep = (w for w in work if w.opcode == "custom-call")
-    assert splash.flops == 3 * 2 * 8 * 12 * 1024 * 1024 * 64 and (sweep.flops, sweep.part) == (1000, "readout")
+    assert splash.flops == 3 * 2 * 8 * 12 * 1024 * 1024 * 64
+    assert (sweep.flops, sweep.hbm, sweep.part) == (500, 3.5, "readout")  # for half of the rows
     # An instruction without a stack of its own belongs to the loop around it.
     assert [w.part for w in copies] == ["other", "readout"]
 

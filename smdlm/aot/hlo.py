@@ -5,7 +5,8 @@ XLA's own cost analysis counts the body of a loop once. Here every instruction c
 
 - FLOPs are those of matrix products (`dot`, `convolution`) and of kernels that state theirs; elementwise work is free.
 - Bytes are what an instruction reads and writes in HBM: a fusion is one instruction, a slice of a large operand counts
-  as the slice, and arrays that the TPU compiler keeps in on-chip memory (`S(1)` in their layout) count nothing.
+  as the slice, and arrays that the TPU compiler keeps in on-chip memory (`S(1)` in their layout) count nothing. Kernels
+  that state their bytes may read an operand several times.
 - Collective bytes are what a chip sends in a ring: twice the array for an all-reduce, else once the larger side.
 """
 
@@ -122,9 +123,13 @@ def _balanced(text: str, start: int) -> int:
 
 
 class Program:
-    """Parsed HLO text."""
+    """Parsed HLO text.
 
-    def __init__(self, text: str):
+    share: of the rows, those for which the readout's kernels run; what they state is for all.
+    """
+
+    def __init__(self, text: str, share: float = 1.0):
+        self._share = share
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         self._tables: dict[str, dict[int, str]] = {}
@@ -262,16 +267,22 @@ class Program:
             return 2 * math.prod(i.type[0].dims) * math.prod(left[d] for d in i.numbers("lhs_contracting_dims"))
         if i.opcode == "convolution":
             return _convolution_flops(i, *(o.type[0].dims for o in self._operands(name, i)[:2]))
-        if i.opcode == "custom-call" and (found := re.search(r'"flops":"?(\d+)', i.tail)):
-            return float(found[1])
+        if stated := self._stated(i, "flops"):
+            return stated
         if i.opcode == "custom-call" and (found := re.match(r"splash_mha_(fwd|dq|dkv)", i.name)):
             query, key = [o.type[0].dims for o in self._operands(name, i) if len(o.type[0].dims) == 4][:2]
             return 2 * SPLASH_PRODUCTS[found[1]] * math.prod(query) * key[2]
         return 0.0
 
+    def _stated(self, kernel: Instruction, cost: str) -> float | None:
+        found = re.search(rf'"{cost}":"?(\d+)', kernel.tail) if kernel.opcode == "custom-call" else None
+        return found and float(found[1]) * (self._share if kernel.name.startswith("readout_") else 1)
+
     def _hbm(self, name: str, i: Instruction) -> float:
         if i.opcode == "custom-call" and any(f'custom_call_target="{t}' in i.tail for t in FREE_CALLS):
             return 0.0
+        if stated := self._stated(i, "bytes_accessed"):
+            return stated
         operands = self._operands(name, i)
         if i.opcode in ("copy-start", "slice-start"):
             # From or to on-chip memory: the side that lies in HBM, as large as what is moved.

@@ -170,6 +170,10 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         arguments, temp = m.argument_size_in_bytes, m.temp_size_in_bytes
         # TPU: the compiler's own figure; donated arguments make room for temporaries. GPU: temporaries are one block.
         peak = arguments + temp if topology.gpu else m.peak_memory_in_bytes
+    # Not the dump's text, which writes elements of tuples in another way; a program that does not fit has no other.
+    work = Program(compiled.as_text(), task.share).work(assume) if compiled and not topology.gpu else None
+    if any(w.name.startswith("readout_") for w in work or ()):
+        assumed[f"{task.share:g} of the rows in the readout's kernels"] = None
     return Report(
         topology=topology,
         program=task.program,
@@ -183,8 +187,7 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         temp=temp,
         peak=peak,
         largest=dump.largest(),
-        # Not the dump's text, which writes elements of tuples in another way; a program that does not fit has no other.
-        work=Program(compiled.as_text()).work(assume) if compiled and not topology.gpu else None,
+        work=work,
         assumed=list(assumed),
         model_flops=task.model_flops,
         compile_s=seconds,
