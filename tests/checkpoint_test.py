@@ -15,11 +15,10 @@ import numpy as np
 import optax
 import pytest
 from absl import logging
+from conftest import environment
 
 from smdlm import checkpoint
 from smdlm.checkpoint import CheckpointDamaged, Checkpointer, CheckpointMismatch
-
-ROOT = Path(__file__).parents[1]
 
 
 @flax.struct.dataclass
@@ -329,12 +328,10 @@ def test_a_failing_manifest_leaves_no_checkpoint_behind(directory, warnings, mon
     assert sorted(os.listdir(directory)) == ["1", "2", "3"]
 
 
-def run_python(code, *args, **env):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **env}
+def run_python(code, *args, devices=1):
     code = "import os, signal, sys, jax\nfrom checkpoint_test import *\n" + code
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("moment", ["after save returned", "before the rename"])
@@ -380,7 +377,7 @@ assert_same(got, state)
 assert jax.tree.all(jax.tree.map(lambda x, w: x.sharding.is_equivalent_to(w.sharding, x.ndim), got, wanted))
 assert got.params["blocks"]["w"].addressable_shards[0].data.shape == (16, 16)
 """
-    result = run_python(code, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    result = run_python(code, tmp_path, devices=4)
     assert result.returncode == 0, result.stderr
     assert_same(
         Checkpointer(tmp_path).restore(abstract(make_state()))[0], make_state(3)

@@ -3,10 +3,15 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time of the tests is XLA compiling. What several tests and their child processes compile is compiled once.
+# Most of the time of the tests is XLA compiling: half of that is for speed that programs of this size do not need, and
+# what several tests and their child processes compile is compiled once.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true {os.environ.get('XLA_FLAGS', '')}"
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp("_smdlm")
 
@@ -24,11 +29,18 @@ from smdlm.state import OptimizerConfig, init_state, make_optimizer
 from smdlm.train import make_train_step
 
 V, MASK, B, L = 24, 23, 4, 8
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_unconfigure():
     if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("_smdlm"):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def environment(devices):
+    """Of a child process with so many CPU devices, which finds the package and the tests' helpers."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 # The paper's gate starts shut (scale 1e-6), which would hide what feedback does from every test.

@@ -4,18 +4,16 @@ The processes stand for hosts that share a file system. Every wait has a limit, 
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 LIMIT = 240  # seconds for any one wait
 STEPS = 400
 CONFIG = f"""
@@ -45,26 +43,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start():
-    """start(workdir, processes, {field: value}, *flags) -> Popens; all are killed at the end of the test."""
+    """start(workdir, processes, {field: value}, *flags) -> Popens; all are killed in the end."""
     running = []
 
     def begin(workdir, processes, fields=(), *flags):
         config = workdir.parent / "config.py"
         command = [sys.executable, "-m", "smdlm.main", f"--config={config}", f"--workdir={workdir}", *flags]
         command += [f"--config.{name}={value}" for name, value in dict(fields).items()]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("localhost", 0))
                 port = free.getsockname()[1]
             command += ["--distributed", f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
         group = [
             subprocess.Popen(
                 [*command, *([f"--process_id={i}"] if processes > 1 else [])],
-                **{"cwd": ROOT, "env": environment, "text": True},
+                **{"cwd": ROOT, "env": environment(min(processes, 2)), "text": True},
                 **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
             )
             for i in range(processes)
@@ -110,16 +106,12 @@ def wait_for(reached, group):
 
 
 @pytest.fixture(scope="module")
-def straight(folder):
-    """The workdir of the run of one process without interruption."""
-    return folder / "straight"
-
-
-@pytest.mark.slow
-def test_one_process(straight, start):
-    ends(start(straight, 1))
-    losses = rows(straight)
+def straight(folder, start):
+    """The workdir of a run of one process without interruption."""
+    ends(start(folder / "straight", 1))
+    losses = rows(folder / "straight")
     assert len(losses) == STEPS / 5 and np.ptp(list(losses.values())) > 0.1
+    return folder / "straight"
 
 
 @pytest.mark.slow
@@ -175,8 +167,7 @@ def test_processes_that_do_not_fit_together_are_refused(folder, start):
     group[1].kill()
     first = [arg for arg in group[0].args if not arg.startswith("--coordinator")] + [port]
     second = [arg.replace("train.seed=1", "train.seed=2").replace("process_id=0", "process_id=1") for arg in first]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment(1)}
     group = [subprocess.Popen(args, **pipes) for args in (first, second)]
     try:
         _, stderr = group[0].communicate(timeout=LIMIT)

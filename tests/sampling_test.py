@@ -602,26 +602,27 @@ def test_feedback_needs_a_soft_masked_model():
         make_sampler(make_denoiser(None))
 
 
+EVERYTHING = [
+    {"filters": Filters(top_p=0.9), "refresh": "on_change", "use_feedback": False},
+    {"filters": Filters(top_p=0.9, top_p_rule="reference"), "feedback_source": "raw", "refresh": "on_change"},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("use_feedback", [True, False])
+@pytest.mark.parametrize("changes", EVERYTHING, ids=["binary", "feedback"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_with_everything(denoiser, params, name, use_feedback):
-    """Prompts stay, masks are filled, rows stand alone, one program: with each policy, filter rule and cache."""
-    changes = [
-        {"filters": Filters(top_p=0.9)},
-        {"filters": Filters(top_p=0.9, top_p_rule="reference"), "feedback_source": "raw", "refresh": "on_change"},
-    ]
-    for change in changes:
-        sampler = make_sampler(denoiser, policy=POLICIES[name](), use_feedback=use_feedback, steps=7, **change)
-        size, key, canvas = Sampler.run._cache_size(), jax.random.key(6), canvas_with_prompts(seed=6)
-        tokens = np.asarray(sampler(params, key, canvas).tokens)
-        prompt = np.asarray(canvas != MASK)
-        np.testing.assert_array_equal(tokens[prompt], np.asarray(canvas)[prompt])
-        assert np.all((tokens >= 0) & (tokens < MASK))
-        other = sampler(params, key, canvas.at[1].set(MASK)).tokens
-        np.testing.assert_array_equal(tokens[[0, 2]], np.asarray(other)[[0, 2]])
-        assert np.any(tokens != np.asarray(sampler(params, jax.random.key(7), canvas).tokens))
-        assert Sampler.run._cache_size() == size + 1
+def test_every_policy_with_everything(denoiser, params, name, changes):
+    """Prompts stay, masks are filled, rows stand alone, one program: with each policy, filter rule and the cache."""
+    sampler = make_sampler(denoiser, policy=POLICIES[name](), steps=7, **changes)
+    size, key, canvas = Sampler.run._cache_size(), jax.random.key(6), canvas_with_prompts(seed=6)
+    tokens = np.asarray(sampler(params, key, canvas).tokens)
+    prompt = np.asarray(canvas != MASK)
+    np.testing.assert_array_equal(tokens[prompt], np.asarray(canvas)[prompt])
+    assert np.all((tokens >= 0) & (tokens < MASK))
+    other = sampler(params, key, canvas.at[1].set(MASK)).tokens
+    np.testing.assert_array_equal(tokens[[0, 2]], np.asarray(other)[[0, 2]])
+    assert np.any(tokens != np.asarray(sampler(params, jax.random.key(7), canvas).tokens))
+    assert Sampler.run._cache_size() == size + 1
 
 
 # The AR baseline

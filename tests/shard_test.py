@@ -5,61 +5,68 @@ nothing about their speed.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import environment
 
-TESTS = Path(__file__).parent
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 2, 4), "mixed": (2, 2, 2)}
+CASES = [*MESHES, "full mixed"]  # full: the soft mask of the whole vocabulary
 # No axis of a parameter is a multiple of the length, so that an array with such an axis is an activation.
 BATCH, LENGTH, WIDTH, PADDED = 16, 20, 32, 384
 SHAPE = re.compile(r"\w+\[([\d,]+)\]")
 
 
 def measure():
-    """{mesh: (loss, relative distance of the worst gradient leaf from one device's, compiled program)} as JSON."""
+    """{case: (loss, relative distance of the worst gradient leaf from one device's, compiled program)} as JSON."""
     import jax
     import numpy as np
-    from conftest import make_batch, make_denoiser, make_params
+    from conftest import SOFTMASK, make_batch, make_denoiser, make_params
 
     from smdlm.objective import SoftMaskedDiffusion
     from smdlm.partition import MeshConfig, batch_sharding, param_shardings
     from smdlm.readout import Readout
+    from smdlm.softmask import FullSoftMask
 
-    denoiser = make_denoiser(vocab=300, width=WIDTH, heads=4, vocab_multiple=128, dropout=0.1)
-    objective = SoftMaskedDiffusion(denoiser, Readout(k=3, chunk=16), p_sm=1.0)
-    batch = make_batch(BATCH, LENGTH, vocab=300)
+    sizes = {"vocab": 300, "width": WIDTH, "heads": 4, "vocab_multiple": 128, "dropout": 0.1}
+    batch, out = make_batch(BATCH, LENGTH, vocab=300), {}
 
-    def loss_and_gradients(params, batch):
-        example = objective.corrupt(jax.random.key(0), batch)
-        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, example, True, jax.random.key(1))
-        return loss, grads
+    def run(softmask, sizes_of_mesh):
+        denoiser = make_denoiser(softmask, **sizes)
+        objective = SoftMaskedDiffusion(denoiser, Readout(k=3, chunk=16), p_sm=1.0)
 
-    out, single = {}, None
-    for name, sizes in {"one": (1, 1, 1), **MESHES}.items():
-        mesh = MeshConfig(*sizes).make(jax.devices()[: int(np.prod(sizes))])
+        def loss_and_gradients(params, batch):
+            example = objective.corrupt(jax.random.key(0), batch)
+            (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, example, True, jax.random.key(1))
+            return loss, grads
+
+        mesh = MeshConfig(*sizes_of_mesh).make(jax.devices()[: int(np.prod(sizes_of_mesh))])
         shardings = param_shardings(mesh, jax.eval_shape(denoiser.init_params, jax.random.key(0)))
-        params = jax.device_put(make_params(denoiser), shardings)
+        params = jax.device_put(make_params(denoiser, noise=0.15), shardings)
         placed = jax.device_put(batch, batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            jitted = jax.jit(loss_and_gradients, out_shardings=(None, shardings))
-            compiled = jitted.lower(params, placed).compile()
+            compiled = jax.jit(loss_and_gradients, out_shardings=(None, shardings)).lower(params, placed).compile()
             loss, grads = jax.tree.map(np.asarray, compiled(params, placed))
-        single = grads if single is None else single
-        distance = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), grads, single)
-        out[name] = float(loss), max(jax.tree.leaves(distance)), compiled.as_text()
+        return float(loss), grads, compiled.as_text()
+
+    for prefix, softmask, meshes in (
+        ("", SOFTMASK, MESHES),
+        ("full ", FullSoftMask(k=3, gate=SOFTMASK.gate, chunk=16), {"mixed": MESHES["mixed"]}),
+    ):
+        for name, mesh in {"one": (1, 1, 1), **meshes}.items():  # one device first
+            loss, grads, program = run(softmask, mesh)
+            if name == "one":
+                single = grads
+            distance = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), grads, single)
+            out[prefix + name] = loss, max(jax.tree.leaves(distance)), program
     print(json.dumps(out))
 
 
 @pytest.fixture(scope="module")
 def measured():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, __file__], env=environment(8), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -79,29 +86,29 @@ def is_activation(axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_loss_and_gradients_are_those_of_one_device(measured, mesh):
-    loss, distance, _ = measured[mesh]
-    assert loss == pytest.approx(measured["one"][0], rel=1e-5)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_one_device(measured, case):
+    loss, distance, _ = measured[case]
+    assert loss == pytest.approx(measured["full one" if case.startswith("full") else "one"][0], rel=1e-5)
     assert distance < 1e-4  # sharp attention: f32 scores of about 100 are known to 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_no_activation_is_gathered(measured, mesh):
+@pytest.mark.parametrize("case", CASES)
+def test_no_activation_is_gathered(measured, case):
     """Neither whole rows for the readout or the embeddings, nor one chip's activations on another."""
-    program = measured[mesh][2]
+    program = measured[case][2]
     moved = list(results(program, "all-gather", "all-to-all", "collective-permute"))
     assert not [axes for axes in moved if is_activation(axes)]
-    assert mesh == "data" or moved, "a mesh that splits parameters must gather some"
+    assert case == "data" or moved, "a mesh that splits parameters must gather some"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["one", *MESHES])
-def test_nothing_has_a_row_of_the_vocabulary_per_position(measured, mesh):
+@pytest.mark.parametrize("case", ["one", "full one", *CASES])
+def test_nothing_has_a_row_of_the_vocabulary_per_position(measured, case):
     """No one-hots for the embeddings, no logits but a chunk's."""
-    parts = MESHES.get(mesh, (1, 1, 1))[2]
-    arrays = list(results(measured[mesh][2], r"[\w\-]+"))
+    parts = MESHES.get(case.removeprefix("full "), (1, 1, 1))[2]
+    arrays = list(results(measured[case][2], r"[\w\-]+"))
     assert not [axes for axes in arrays if is_activation(axes) and {PADDED, PADDED // parts} & set(axes)]
     assert [16, PADDED // parts] in arrays, "the chunk's logits: else the test looks at the wrong shapes"
 
