@@ -120,6 +120,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _head_bytes(parts: list[dict[str, Any]]) -> float:
+    """HBM bytes of the head with its loss and feedback, in our form or in the plain one."""
+    return sum(part["hbm_bytes"] for part in parts if part["part"] in ("readout", "aot/plain"))
+
+
 def render(rows: dict[str, Any]) -> str:
     """The page, from the rows by name."""
     sizes = [(name, row) for name in SIZES if (row := rows.get(f"cpu {name}"))]
@@ -136,6 +141,8 @@ def render(rows: dict[str, Any]) -> str:
             *(f"{row[name]:.2f}" for name in ("arguments_gib", "temp_gib", "peak_gib", "hbm_limit_gib")),
             "yes" if row["fits"] else "no",
             number(row["flops_per_chip"] and row["flops_per_chip"] / 1e12, ".2f"),
+            number(row["hbm_bytes_per_chip"] and row["hbm_bytes_per_chip"] / 1e9, ".1f"),
+            number(row["parts"] and _head_bytes(row["parts"]) / 1e9, ".2f"),
             *(number(row[name], form) for name, form in (("step_ms_roofline", ".1f"), ("tokens_per_s", ",.0f"))),
             number(row["mfu"], ".0%"),
             f"{row['compile_s']:.0f}",
@@ -167,14 +174,16 @@ def render(rows: dict[str, Any]) -> str:
         "## On accelerators that were not there",
         "",
         "From the compilers of the accelerators (`python -m smdlm.aot`), per chip; HBM in GiB. TFLOP and time count",
-        "loops as often as they run, half of the tokens masked, a step with feedback. The time is a roofline,",
-        "a lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no remat. The CUDA",
-        "compiler offers no cost analysis.",
+        "loops as often as they run, half of the tokens masked, a step with feedback. GB are what goes through HBM, of",
+        "which `head` for logits, loss and feedback; of a sampler, for all of its steps. The time is a roofline, a",
+        "lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no remat. The CUDA compiler",
+        "offers no cost analysis.",
         "",
     ]
     head = ("config", "form", "program", "chips", "batch per chip", "arguments", "temporaries", "peak", "limit", "fits")
     if program_rows:
-        lines.append(_table((*head, "TFLOP", "ms per step", "tokens/s", "MFU", "compile, s"), program_rows))
+        work = ("TFLOP", "HBM, GB", "head, GB", "ms per step", "tokens/s", "MFU", "compile, s")
+        lines.append(_table((*head, *work), program_rows))
     for chip in missing:
         hint = hints.get(chip, "`pip install -e '.[aot]'`")
         lines += [f"Not measured for {chip}: its compiler is missing ({hint}).", ""]

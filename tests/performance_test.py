@@ -14,7 +14,7 @@ MESHES = {
 
 
 def program(**changes):
-    row = dict.fromkeys(("flops_per_chip", "step_ms_roofline", "tokens_per_s", "mfu"))
+    row = dict.fromkeys(("flops_per_chip", "hbm_bytes_per_chip", "parts", "step_ms_roofline", "tokens_per_s", "mfu"))
     sizes = dict.fromkeys(("arguments_gib", "temp_gib", "peak_gib", "hbm_limit_gib", "compile_s"), 1.5)
     return {**row, **sizes, "program": "train", "batch_per_chip": 8.0, "fits": True, **changes}
 
@@ -22,11 +22,18 @@ def program(**changes):
 def test_the_page(monkeypatch):
     """Differences are relative to one device, unknown figures are dashes, and what is missing says how to get it."""
     monkeypatch.setattr(performance, "_compiler", lambda topology: not topology.startswith("h100"))
-    name = performance._name(performance.PROGRAMS[0])
-    rows = {**MESHES, name: [program(fits=False)], "cpu tiny": dict.fromkeys(COLUMNS, 2.0)}
+    over, fine = (performance._name(p) for p in (performance.PROGRAMS[0], performance.PROGRAMS[3]))
+    parts = [{"part": part, "hbm_bytes": size} for part, size in (("denoiser", 5e9), ("readout", 2e9))]
+    rows = {
+        **MESHES,
+        over: [program(fits=False)],
+        fine: [program(parts=parts)],
+        "cpu tiny": dict.fromkeys(COLUMNS, 2.0),
+    }
     page = performance.render(rows)
     assert "| 1 | 1 | 1 | 0.0e+00 | 1.0 |" in page and "| 8 | 1 | 1 | 2.0e-06 | 1.0 |" in page
-    assert "| owt | plain | train | v5e:4x4 | 8 | 1.50 | 1.50 | 1.50 | 1.50 | no | - | - | - | - | 2 |" in page
+    assert "| owt | plain | train | v5e:4x4 | 8 | 1.50 | 1.50 | 1.50 | 1.50 | no | - | - | - | - | - | - | 2 |" in page
+    assert "| yes | - | - | 2.00 | - | - | - | 2 |" in page
     assert "h100: its compiler is missing (`pip install -e '.[cuda]'`)" in page and "for v5e" not in page
 
 
