@@ -127,9 +127,12 @@ ENTRY %main (q: (s32[], s32[8192], bf16[256,768]), a.1: bf16[8,1024,768,1,1], b.
   %w = (s32[]{:T(128)}, s32[8192]{0:T(1024)}, bf16[256,768]{1,0}) while(%q), condition=%known, body=%body
   %v = (s32[]{:T(128)}, s32[8192]{0:T(1024)}, bf16[256,768]{1,0}) while(%w), condition=%unknown, body=%body, metadata={op_name="while" stack_frame_id=2}
   %q.1 = bf16[8,12,1024,64]{3,2,1,0:T(8,128)(2,1)} parameter(3)
-  %splash_mha_dq_no_residuals.1 = bf16[8,12,1024,64]{3,2,1,0:T(8,128)(2,1)} custom-call(%q.1, %q.1, %q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %table = s8[1,2,2]{2,1,0} constant({...})
+  %splash_mha_dq_no_residuals.1 = bf16[8,12,1024,64]{3,2,1,0:T(8,128)(2,1)} custom-call(%table, %q.1, %q.1, %q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="splash" stack_frame_id=1}
+  %one = bf16[12,1024,64]{2,1,0:T(8,128)(2,1)} parameter(4)
+  %splash_mha_fwd_no_residuals.1 = bf16[12,1024,64]{2,1,0:T(8,128)(2,1)} custom-call(%table, %one, %one, %one), custom_call_target="tpu_custom_call", metadata={op_name="splash" stack_frame_id=1}
   %readout_sweep.1 = f32[8192,3]{1,0:T(8,128)} custom-call(%q.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 }}, metadata={op_name="sweep" stack_frame_id=2}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"7"}}}
   ROOT %f = bf16[8,1024,3,12,64]{1,4,3,2,0:T(8,128)(2,1)S(1)} fusion(%a.1, %b.1), kind=kOutput, calls=%products, metadata={op_name="dot" stack_frame_id=2}
@@ -151,8 +154,8 @@ def test_the_text_of_the_tpu_compiler():
     assert [w.count for w in sums] == [12, 2] and sum(w.sent for w in sums) == 14 * 2 * array
     copies = [w for w in work if w.opcode == "copy-start"]
     assert [w.hbm for w in copies] == [12 * array, 2 * array]  # read from HBM, written on the chip
-    splash, sweep = (w for w in work if w.opcode == "custom-call")
-    assert splash.flops == 3 * 2 * 8 * 12 * 1024 * 1024 * 64
+    splash, single, sweep = (w for w in work if w.opcode == "custom-call")
+    assert splash.flops == 3 * 2 * 8 * 12 * 1024 * 1024 * 64 and single.flops == 2 * 2 * 12 * 1024 * 1024 * 64
     assert (sweep.flops, sweep.hbm, sweep.part) == (500, 3.5, "readout")  # for half of the rows
     # An instruction without a stack of its own belongs to the loop around it.
     assert [w.part for w in copies] == ["other", "readout"]

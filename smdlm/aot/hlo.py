@@ -32,7 +32,8 @@ FREE_CALLS = (
     "Sharding",
     "GatherScatterIndicesBitpacked",
 )
-# Splash attention states no FLOPs: its products of queries [B, H, L, E] and keys [B, H, M, E] in each kernel.
+# Splash attention states no FLOPs: its products of queries [B, H, L, E] and keys [B, H, M, E] (without B if it is 1) in
+# each kernel.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 CALLERS = ("train", "objective", "build", "sampling/loop", "aot/__main__", "aot/measure")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -270,8 +271,9 @@ class Program:
         if stated := self._stated(i, "flops"):
             return stated
         if i.opcode == "custom-call" and (found := re.match(r"splash_mha_(fwd|dq|dkv)", i.name)):
-            query, key = [o.type[0].dims for o in self._operands(name, i) if len(o.type[0].dims) == 4][:2]
-            return 2 * SPLASH_PRODUCTS[found[1]] * math.prod(query) * key[2]
+            # After tables of integers about the mask.
+            query, key, *_ = [o.type[0].dims for o in self._operands(name, i) if o.type[0].text[0] in "bf"]
+            return 2 * SPLASH_PRODUCTS[found[1]] * math.prod(query) * key[-2]
         return 0.0
 
     def _stated(self, kernel: Instruction, cost: str) -> float | None:
