@@ -17,7 +17,7 @@ from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_den
 
 from smdlm.aot import measure
 from smdlm.aot.chips import CHIPS, Topology
-from smdlm.aot.hlo import Program, Work
+from smdlm.aot.hlo import Loop, Program, Work
 from smdlm.aot.measure import compile_sampler, compile_train, largest_batch
 from smdlm.aot.plain import PlainReadout
 from smdlm.aot.report import Report
@@ -95,11 +95,18 @@ StackFrames
   ROOT %c = bf16[8,1024,3,12,64]{1,4,3,2,0:T(8,128)(2,1)S(1)} convolution(%a, %b), window={size=1x3x12 pad=0_0x2_2x11_11 rhs_reversal=0x1x1}, dim_labels=0bf12_12oi0->0b12f
 }
 
+%sliced (o: s32[8192], n.1: s32[]) -> s32[256] {
+  %o = s32[8192]{0:T(1024)} parameter(0)
+  %n.1 = s32[]{:T(128)} parameter(1)
+  ROOT %s = s32[256]{0:T(256)} dynamic-slice(%o, %n.1), dynamic_slice_sizes={256}
+}
+
 %body (p: (s32[], s32[8192], bf16[256,768])) -> (s32[], s32[8192], bf16[256,768]) {
   %p = (s32[]{:T(128)}, s32[8192]{0:T(1024)}, bf16[256,768]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %order = s32[8192]{0:T(1024)} get-tuple-element(%p), index=1
   %x = bf16[256,768]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %rows = s32[256]{0:T(256)S(1)} fusion(%order, %i), kind=kLoop, calls=%sliced
   %sum = bf16[256,768]{1,0:T(8,128)(2,1)} all-reduce(%x), replica_groups={}, to_apply=%add, metadata={op_name="sum" stack_frame_id=2}
   %near = (bf16[256,768]{1,0}, bf16[256,768]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%sum)
   %done = bf16[256,768]{1,0:T(8,128)(2,1)S(1)} copy-done(%near)
@@ -144,8 +151,8 @@ def test_the_text_of_the_tpu_compiler():
     """As libtpu writes it: trip counts in the conditions, products as convolutions, memory spaces, stack frames."""
     loops = []
     work = Program(TPU, share=0.5).work(lambda loop: loops.append(loop) or 2)
-    assert [(loop.source, loop.rows) for loop in loops] == [("readout.py", 8192)]
-    product = next(w for w in work if w.opcode == "fusion")
+    assert loops == [Loop("readout.py", rows=8192, chunk=256)]
+    product = next(w for w in work if w.opcode == "fusion" and w.flops)
     # 8 x 1024 rows of 768 times [768, 3 x 12 x 64]; padding of the window adds nothing. The result stays on the chip.
     assert product.flops == 2 * 8 * 1024 * 768 * 3 * 12 * 64 and product.part == "readout"
     assert product.hbm == 2 * (8 * 1024 * 768 + 12 * 64 * 768 * 3)

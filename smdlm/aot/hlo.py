@@ -93,10 +93,12 @@ class Loop:
     Attributes:
       source: the smdlm file that contains it, '?' if the text does not say.
       rows: length of the longest vector of 32-bit integers that it carries: the row numbers of the readout's loop.
+      chunk: length of the slices it takes of that vector; rows if it takes none.
     """
 
     source: str
     rows: int
+    chunk: int
 
 
 Assume = Callable[[Loop], float]
@@ -248,8 +250,21 @@ class Program:
 
     def _loop(self, i: Instruction) -> Loop:
         files = [f.split("/smdlm/")[-1] for f in self.stack(i) if "/smdlm/" in f]
-        rows = [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
-        return Loop(files[-1] if files else "?", max(rows, default=1))
+        vectors = lambda i: [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
+        rows = max(vectors(i), default=1)
+        slices = [
+            max(vectors(j))
+            for name, j in self._fused(i.called("body"))
+            if j.opcode == "dynamic-slice" and rows in vectors(self._operands(name, j)[0])
+        ]
+        return Loop(files[-1] if files else "?", rows, max(slices, default=rows))
+
+    def _fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
+        """(computation, instruction) of a computation and of the fusions in it."""
+        for i in self.computations[name].values():
+            yield name, i
+            if i.opcode in ("fusion", "call"):
+                yield from self._fused(i.called("calls") or i.called("to_apply"))
 
     @staticmethod
     def _branches(i: Instruction) -> list[str]:

@@ -149,9 +149,8 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         if loop.source != "readout.py":
             assumed[f"once: a loop of unknown length in {loop.source}"] = None
             return 1
-        chunk = min(experiment.config.readout.chunk, loop.rows)
-        trips = -(-round(task.share * loop.rows) // chunk)
-        assumed[f"{trips} chunks of {chunk} in the readout, for {task.share:g} of {loop.rows} tokens"] = None
+        trips = -(-round(task.share * loop.rows) // loop.chunk)
+        assumed[f"{trips} chunks of {loop.chunk} in the readout, for {task.share:g} of {loop.rows} tokens"] = None
         return trips
 
     begin = time.perf_counter()
