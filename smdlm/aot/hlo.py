@@ -65,6 +65,9 @@ class Instruction:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.tail)
         return found and found[1]
 
+    def number(self, attribute: str) -> int:
+        return int(re.search(rf"\b{attribute}=(\d+)", self.tail)[1])
+
     def numbers(self, attribute: str) -> list[int]:
         found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.tail)
         return [int(n) for n in found[1].split(",") if n] if found else []
@@ -220,8 +223,18 @@ class Program:
         root = next(i for i in body.values() if i.root)
         if root.opcode != "compare" or "direction=LT" not in root.tail:
             return None
-        limit = body[root.operands[1]]
-        return int(limit.arguments) if limit.opcode == "constant" else None
+        counter, limit = (body[o] for o in root.operands)
+        if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+            return None
+        return -(-int(limit.arguments) // self._stride(loop.called("body"), counter.number("index")))
+
+    def _stride(self, name: str, index: int) -> int:
+        """What the body of a loop adds to an element of its state: 2 in loops that the compiler unrolled by two."""
+        body = self.computations[name]
+        root = next(i for i in body.values() if i.root)
+        added = body[root.operands[index]]
+        constants = [body[o] for o in added.operands if body[o].opcode == "constant"]
+        return int(constants[0].arguments) if added.opcode == "add" and constants else 1
 
     # -------------------------------------------------------------------------------------------------------- costs
 

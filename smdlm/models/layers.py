@@ -242,7 +242,8 @@ class Linear(nn.Module):
         fan_in = int(np.prod(shape))
         init = nn.initializers.zeros if self.zero else uniform_fan_in(fan_in)
         kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features))
-        x, weights = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = x.astype(self.dtype)
+        weights = shard.gather(kernel.astype(self.dtype), self.names.index("embed") if "embed" in self.names else None)
         if shard.platform() == "cpu" and "tensor" not in shard.used():
             out = _cpu_matmul(x.reshape(-1, fan_in), weights.reshape(fan_in, -1))
             out = out.reshape(*x.shape[: -self.inputs], *self.features)
