@@ -9,6 +9,7 @@
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
+no_flags
 runs=${RUNS:-runs}
 binary=(--config=configs/owt.py "--workdir=$runs/owt_binary" --config.softmask.p_sm=0.0)
 iso_compute=(--config=configs/owt.py "--workdir=$runs/owt_sm_iso_compute" --config.train.update_budget=iso_compute)

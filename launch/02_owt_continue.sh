@@ -10,6 +10,7 @@
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
+no_flags
 runs=${RUNS:-runs}
 from=(--config=configs/owt_continue.py "--config.train.init_from=${MDLM:-$runs/mdlm}")
 from+=("--config.data.source=prepared:${DATA:-data/owt}")

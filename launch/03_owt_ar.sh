@@ -7,6 +7,7 @@
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
+no_flags
 run=(--config=configs/owt.py "--workdir=${RUNS:-runs}/owt_ar" --config.model.causal=True --config.softmask.p_sm=0.0)
 run+=("--config.data.source=prepared:${DATA:-data/owt}")
 experiment "${run[@]}"

@@ -8,6 +8,7 @@
 
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
+no_flags
 for name in owt_binary owt_sm_iso_compute owt_sm_iso_update; do
   run=(--config=configs/owt.py "--workdir=${RUNS:-runs}/$name" "--config.data.source=prepared:${DATA:-data/owt}")
   [[ $name != owt_binary ]] || run+=(--config.softmask.p_sm=0.0)

@@ -25,17 +25,33 @@ need() {
   [[ -n ${!1:-} ]] || fail "$1: got nothing, wanted $2: $1=... $0 ..."
 }
 
+# no_flags: the numbered scripts take none, and must not start runs for a misspelt --dry-run.
+no_flags() {
+  ((${#ARGS[@]} == 0)) || fail "arguments: got ${ARGS[*]}, wanted --dry-run, --help or none"
+}
+
 # do_ COMMAND...: prints it, quoted so that it can be pasted, and runs it unless this is a dry run.
 do_() {
   local line
   printf -v line '%q ' "$@"
   echo "+ ${line% }" >&2
-  [[ -n $DRY_RUN ]] || "$@"
+  [[ -n $DRY_RUN ]] || { have "$1" && "$@"; }
 }
 
-# workdir_of FLAGS...: the run's --workdir, which every launched command must name.
+# have COMMAND: it must be there.
+have() {
+  type -t "$1" >/dev/null || fail "$1: got no such command on this machine, wanted it in PATH"
+}
+
+# count NAME DEFAULT: the environment variable must be a number of at least 1.
+count() {
+  [[ ${!1:-$2} =~ ^[1-9][0-9]*$ ]] || fail "$1: got ${!1}, wanted a number"
+}
+
+# workdir_of FLAGS...: the run's --workdir, which every launched command must name beside its --config.
 workdir_of() {
   local flag
+  [[ " $* " == *" --config="* ]] || fail "flags of smdlm.main: got no --config, wanted --config=FILE"
   for flag in "$@"; do
     if [[ $flag == --workdir=?* ]]; then
       echo "${flag#--workdir=}"

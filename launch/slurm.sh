@@ -11,6 +11,10 @@
 source "${SMDLM_LAUNCH:-$(dirname "$0")}/common.sh"
 workdir=$(workdir_of "${ARGS[@]}")
 if [[ -z ${SMDLM_LAUNCH:-} ]]; then # on the login node: submit this script
+  count NODES 1
+  count GPUS 8
+  count CPUS 8
+  [[ -n $DRY_RUN ]] || have sbatch
   name=$(basename "$workdir")
   options=(--wait --requeue --open-mode=append "--job-name=$name" "--output=$workdir.slurm.log")
   options+=("--nodes=${NODES:-1}" "--ntasks-per-node=${GPUS:-8}" "--gpus-per-node=${GPUS:-8}")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from smdlm import cpu
+from smdlm import command, cpu
 from smdlm.denoiser import Denoiser
 from smdlm.models.dit import DiT, DiTConfig
 from smdlm.objective import SoftMaskedDiffusion
@@ -174,6 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.repeats < 0:
         parser.error(f"--repeats: got {args.repeats}, wanted at least 1 (or 0 for the default)")
+    if args.json:
+        try:
+            command.check_file("--json", Path(args.json))
+        except ValueError as error:
+            parser.error(str(error))
     if args.row:
         cpu.keep_memory()
         print(json.dumps(measure(args.size, args.repeats or (4 if args.size == "169m" else 20))))

@@ -14,7 +14,6 @@ import logging as stdlib_logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from smdlm import cpu, runtime
+from smdlm import command, cpu, runtime
 from smdlm.build import Experiment, build, read
 from smdlm.checkpoint import CheckpointDamaged, Checkpointer
 from smdlm.evaluate.likelihood import Estimate, likelihood, weights
@@ -33,10 +32,7 @@ from smdlm.partition import fetch
 from smdlm.train import NonFiniteLoss, run
 from smdlm.writer import Writer
 
-# Any documented field may be given, also one that the file leaves at its default: `read` refuses what it does not know.
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment, e.g. configs/tiny.py.", lock_config=False, accept_new_attributes=True
-)
+CONFIG = command.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
@@ -245,15 +241,6 @@ def _report(experiment: Experiment, workdir: Path, checkpointer: Checkpointer) -
         print(f"\n--- sample {i + 1} ({forwards} forwards)\n{text.strip()}")
 
 
-def _check_writable(workdir: Path) -> None:
-    """ValueError, before hours of work, if nothing can be written there; makes no folder."""
-    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise ValueError(f"--workdir: got {workdir} ({error.strerror}), wanted a folder that can be written") from error
-
-
 def _check_same_config(workdir: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """ValueError if a finished run answers another question: it differs in a field that shapes training."""
     free = {"log_every", "save_every", "eval_every", "keep"}
@@ -283,7 +270,7 @@ def main(_: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value or f"runs/{name}")
     directory = workdir / "checkpoints"
     if MODE.value != "eval":
-        _check_writable(workdir)
+        command.check_folder("--workdir", workdir)
     runtime.keep_compiled(workdir.parent / "compiled")
     if OVERWRITE.value and MODE.value == "train" and directory.exists() and chief:
         shutil.rmtree(directory)
@@ -320,8 +307,7 @@ def main(_: Sequence[str]) -> None:
 
 def _fail(error: BaseException) -> None:
     """One line (a mismatch lists its leaves below it), exit status 2."""
-    text = " ".join(str(error.args[0]).split()) if isinstance(error, KeyError) and error.args else error
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {command.message(error)}", file=sys.stderr)
     if jax.distributed.is_initialized():
         # The usual exit would wait for the other processes, which may be waiting for this one.
         sys.stderr.flush()
@@ -329,26 +315,14 @@ def _fail(error: BaseException) -> None:
     sys.exit(2)
 
 
-def _check_file(argv: Sequence[str]) -> None:
-    """ValueError without a config file that exists; before ml_collections fails with a text that does not name it."""
-    names = [flag.partition("=") for flag in argv]
-    given = [value or following for (name, _, value), following in zip(names, [*argv[1:], ""], strict=True)
-             if name in ("--config", "-config")]  # fmt: skip
-    if any(name.startswith("--help") for name, _, _ in names):
-        return
-    if not given or not Path(given[-1].partition(":")[0]).is_file():
-        got = given[-1] if given else "nothing"
-        raise ValueError(f"--config: got {got}, wanted a Python file, e.g. --config=configs/tiny.py")
-
-
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
-        _check_file(argv)
+        command.check_config_file(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
         return rest
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError) as error:
+    except command.MISTAKES as error:
         _fail(error)
         raise
 

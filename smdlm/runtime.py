@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     None: the cluster tells (TPU pods, Slurm, Kubernetes, Open MPI). On CPUs collectives go through gloo, jax's default.
     From here on SIGTERM only sets a notice, see `train.StopSignal`.
     """
+    host, _, port = (coordinator or "").rpartition(":")
+    if coordinator and not (host and port.isdigit()):
+        raise ValueError(f"--coordinator: got {coordinator}, wanted HOST:PORT of process 0, e.g. 10.0.0.1:8476")
+    if coordinator:
+        print(f"waiting at {coordinator} for all {processes} processes, at most five minutes", file=sys.stderr)
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as error:

@@ -15,7 +15,7 @@ import pytest
 from build_test import make_config
 from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_denoiser, make_params
 
-from smdlm.aot import measure
+from smdlm.aot import hlo, measure
 from smdlm.aot.chips import CHIPS, Topology
 from smdlm.aot.hlo import Loop, Program, Work
 from smdlm.aot.measure import compile_sampler, compile_train, largest_batch
@@ -146,7 +146,7 @@ ENTRY %main (q: (s32[], s32[8192], bf16[256,768]), a.1: bf16[8,1024,768,1,1], b.
 }}, metadata={op_name="sweep" stack_frame_id=2}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"7"}}}
   ROOT %f = bf16[8,1024,3,12,64]{1,4,3,2,0:T(8,128)(2,1)S(1)} fusion(%a.1, %b.1), kind=kOutput, calls=%products, metadata={op_name="dot" stack_frame_id=2}
 }
-"""  # noqa: E501
+""".replace("/x/smdlm/", hlo.PACKAGE)  # noqa: E501
 
 
 def test_the_text_of_the_tpu_compiler():
@@ -245,8 +245,11 @@ def test_batches_that_do_not_divide_are_refused(here):
 def test_sweeps_end_at_the_largest_batch(monkeypatch, here):
     config = read(make_config(data__batch_size=8))
 
-    def fake(limit):
-        tried = lambda config, *_, **__: make_report(batch=config.data.batch_size, fits=config.data.batch_size <= limit)
+    def fake(limit, peak=lambda batch: 1):
+        def tried(config, *_, **__):
+            batch = config.data.batch_size
+            return make_report(batch=batch, fits=batch <= limit, peak=peak(batch))
+
         monkeypatch.setattr(measure, "compile_train", tried)
         return [(r.batch, r.fits) for r in largest_batch(config, here)]
 
@@ -256,6 +259,10 @@ def test_sweeps_end_at_the_largest_batch(monkeypatch, here):
         fits = max(batch for batch, ok in rows if ok)
         fails = min(batch for batch, ok in rows if not ok)
         assert fits <= limit < fails <= fits + max(1, fits // 8)
+    for limit in (9, 100, 1001):  # memory that grows with the batch
+        gib = CHIPS["v5e"].limit_gib * 2**30 / limit
+        rows = fake(limit, lambda batch: int((0.1 * limit + 0.9 * batch) * gib))  # noqa: B023
+        assert len(rows) <= 5 and max(batch for batch, ok in rows if ok) > 0.88 * limit - 1
     assert [ok for _, ok in fake(0)] == [False] * len(fake(0)) and fake(0)[-1][0] == 1
 
 
@@ -298,9 +305,19 @@ def command(*arguments):
     )
 
 
-def test_mistakes_are_one_line():
-    done = command("--config=configs/tiny.py", "--topology=v7:2x2")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --topology: got")
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--topology=v7:2x2"], "--topology: got"),
+        (["--config=configs/nope.py"], "--config: got configs/nope.py, wanted a Python file"),
+        (["--json=/nowhere/rows.json"], "--json: got /nowhere/rows.json, wanted a file in a folder that is there"),
+        (["--program=sample", "--plain"], "--program: got sample with --plain"),
+    ],
+)
+def test_mistakes_are_one_line(flags, wanted):
+    """Before anything is compiled."""
+    done = command("--config=configs/tiny.py", "--topology=v5e:2x4", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {wanted}")
 
 
 @pytest.mark.slow

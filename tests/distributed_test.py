@@ -181,5 +181,7 @@ def test_processes_that_do_not_fit_together_are_refused(folder, start):
 def test_a_group_without_a_coordinator_is_one_line(folder, start):
     ((_, stderr),) = ends(start(folder / "a", 1, {}, "--distributed", "--num_processes=2", "--process_id=0"), 2)
     assert stderr.count("error: --distributed: got coordinator None") == 1 and "wanted --coordinator" in stderr
+    ((_, stderr),) = ends(start(folder / "a", 1, {}, "--distributed", "--coordinator=host"), 2)
+    assert stderr.count("error: --coordinator: got host, wanted HOST:PORT") == 1
     ((_, stderr),) = ends(start(folder / "a", 1, {}, "--num_processes=2"), 2)
     assert "wanted --distributed beside it" in stderr

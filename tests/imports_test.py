@@ -11,7 +11,7 @@ PACKAGE = ROOT / "smdlm"
 # A module may import from the layers before its own and, without a cycle, from its own. The longest prefix counts.
 LAYERS = [
     [
-        *("smdlm", "smdlm.cpu", "smdlm.runtime", "smdlm.shard", "smdlm.kernels"),
+        *("smdlm", "smdlm.command", "smdlm.cpu", "smdlm.runtime", "smdlm.shard", "smdlm.kernels"),
         *("smdlm.softmask", "smdlm.diffusion", "smdlm.sampling.filters", "smdlm.models.layers"),
     ],
     ["smdlm.models", "smdlm.readout", "smdlm.denoiser", "smdlm.objective", "smdlm.sampling", "smdlm.sampling.policies"],
@@ -25,7 +25,7 @@ LAYERS = [
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
     "orbax": {"smdlm.checkpoint"},
-    "ml_collections": {"smdlm.build", "smdlm.main", "smdlm.aot.__main__"},
+    "ml_collections": {"smdlm.build", "smdlm.command", "smdlm.main", "smdlm.aot.__main__"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
     "tensorflow_datasets": {"smdlm.data"},

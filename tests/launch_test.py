@@ -165,12 +165,33 @@ def test_gpu_runs_until_there_is_a_summary(launch, tmp_path):
 
 
 def test_gpu_on_several_machines(launch, tmp_path):
-    flags = [f"--workdir={tmp_path}", "--mode=eval"]
+    flags = ["--config=configs/owt.py", f"--workdir={tmp_path}", "--mode=eval"]
     done, calls = launch("gpu.sh", *flags, COORDINATOR="host:1", NUM_PROCESSES="2", PROCESS_ID="1")
     wanted = ["--distributed", "--coordinator=host:1", "--num_processes=2", "--process_id=1"]
     assert done.returncode == 0 and calls == [["python", "-m", "smdlm.main", *flags, *wanted]]
     done, calls = launch("gpu.sh", *flags, COORDINATOR="host:1")
     assert done.returncode == 2 and calls == [] and "NUM_PROCESSES" in done.stderr
+
+
+@pytest.mark.parametrize("script", NUMBERED)
+def test_numbered_scripts_take_no_flags(launch, script):
+    """A misspelt --dry-run starts nothing."""
+    done, calls = launch(script, "--dyr-run")
+    assert done.returncode == 2 and calls == [] and done.stderr.startswith("error: arguments: got --dyr-run, wanted")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "environment", "wanted"),
+    [
+        ("gpu.sh", ["--workdir=w"], {}, "got no --config"),
+        ("gpu.sh", ["--config=c"], {}, "got no --workdir"),
+        ("gpu.sh", ["--config=c", "--workdir=w"], {"PYTHON": "/nope"}, "/nope: got no such command"),
+        ("slurm.sh", ["--config=c", "--workdir=w"], {"NODES": "x"}, "NODES: got x, wanted a number"),
+    ],
+)
+def test_mistakes_are_one_line(launch, script, flags, environment, wanted):
+    done, calls = launch(script, *flags, **environment)
+    assert done.returncode != 0 and calls == [] and wanted in done.stderr.splitlines()[-1]
 
 
 def test_slurm_submits_itself_and_is_requeued_until_there_is_a_summary(launch, tmp_path):

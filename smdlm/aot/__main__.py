@@ -20,12 +20,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts: nothing is run, and th
 from absl import app, flags
 from ml_collections import config_flags
 
+from smdlm import command
 from smdlm.aot.chips import EXAMPLES, Topology
 from smdlm.aot.measure import compile_sampler, compile_train, largest_batch
 from smdlm.aot.report import Report
 from smdlm.build import read
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/owt.py.", lock_config=True)
+CONFIG = command.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Chip and shape, e.g. {EXAMPLES}.")
 PROGRAM = flags.DEFINE_enum("program", "all", ["all", "train", "sample"], "What is compiled.")
 PLAIN = flags.DEFINE_bool("plain", False, "Only the train step, with all logits, XLA's attention and no remat.")
@@ -58,28 +59,32 @@ def main(_: Sequence[str]) -> None:
 
 
 def _fail(error: BaseException) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {command.message(error)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _main(argv: Sequence[str]) -> None:
     try:
         main(argv)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _fail(error)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
+        command.check_config_file(argv)
         rest = flags.FLAGS(argv)
-        for flag, example in ((CONFIG, "configs/owt.py"), (TOPOLOGY, "v5e:4x4")):
-            if flag.value is None:
-                raise ValueError(f"--{flag.name}: got nothing, wanted e.g. --{flag.name}={example}")
+        if TOPOLOGY.value is None:
+            raise ValueError("--topology: got nothing, wanted e.g. --topology=v5e:4x4")
         if len(rest) > 1:
             raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
+        if PROGRAM.value == "sample" and (PLAIN.value or SWEEP.value):
+            raise ValueError("--program: got sample with --plain or --sweep, which are of train steps, wanted train")
+        if JSON.value:
+            command.check_file("--json", Path(JSON.value))
         Topology(TOPOLOGY.value).prepare()
         return rest
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError) as error:
+    except command.MISTAKES as error:
         _fail(error)
         raise
 

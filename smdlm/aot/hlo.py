@@ -17,6 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ FREE_CALLS = (
 # Splash attention states no FLOPs: its products of queries [B, H, L, E] and keys [B, H, M, E] (without B if it is 1) in
 # each kernel.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+PACKAGE = f"{Path(__file__).parents[1]}/"
 CALLERS = ("train", "objective", "build", "sampling/loop", "aot/__main__", "aot/measure")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -116,6 +118,11 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
 
 def _type(text: str) -> tuple[Array, ...]:
     return tuple(_array(*m) for m in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", text))
+
+
+def _ours(file: str) -> str:
+    """'sampling/loop.py' of that file of this package, wherever it is installed; '' of any other file."""
+    return file.removeprefix(PACKAGE) if file.startswith(PACKAGE) else ""
 
 
 def _balanced(text: str, start: int) -> int:
@@ -208,9 +215,8 @@ class Program:
 
     def part(self, instruction: Instruction) -> str | None:
         """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or None."""
-        stack = [f for f in self.stack(instruction) if "/smdlm/" in f or "/optax/" in f]
-        names = ["optax" if "/optax/" in f else f.split("/smdlm/")[-1].removesuffix(".py") for f in stack]
-        return next((n for n in names if n not in CALLERS), None)
+        names = ["optax" if "/optax/" in f else _ours(f).removesuffix(".py") for f in self.stack(instruction)]
+        return next((n for n in names if n and n not in CALLERS), None)
 
     # -------------------------------------------------------------------------------------------------------- loops
 
@@ -262,7 +268,7 @@ class Program:
                     yield Work(i.name, i.opcode, part, count, count * flops, count * hbm, count * sent)
 
     def _loop(self, i: Instruction) -> Loop:
-        files = [f.split("/smdlm/")[-1] for f in self.stack(i) if "/smdlm/" in f]
+        files = [f for f in map(_ours, self.stack(i)) if f]
         vectors = lambda i: [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
         rows = max(vectors(i), default=1)
         slices = [

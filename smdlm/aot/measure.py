@@ -109,28 +109,39 @@ def compile_sampler(config: Config, topology: Topology) -> Report:
 
 
 def largest_batch(config: Config, topology: Topology, *, simple: bool = False) -> Iterator[Report]:
-    """Train steps of doubled (or halved) batches from the config's on, then bisection between the largest that fits and
-    the smallest that does not, until they are one example per shard or an eighth apart. Every one tried."""
+    """Train steps of the config's batch and of others, until the largest that fits and the smallest that does not are
+    one example per shard or an eighth apart: doubled or halved, then where a line through the last two peaks meets the
+    limit. Every one tried."""
     unit = batch_shards(_experiment(config, topology).mesh) * config.train.accumulate
 
     def attempt(units: int) -> Report:
         data = dataclasses.replace(config.data, batch_size=units * unit)
         return compile_train(dataclasses.replace(config, data=data), topology, simple=simple)
 
-    low, high, now = 0, None, max(1, config.data.batch_size // unit)
-    while high is None or high - low > max(1, low // 8):
+    fits, high, now = [], None, max(1, config.data.batch_size // unit)  # fits: (units, peak), ascending
+    while now and (high is None or not fits or high - fits[-1][0] > max(1, fits[-1][0] // 8)):
         report = attempt(now)
         yield report
         if report.fits:
-            low = now
+            fits.append((now, report.peak))
         else:
             high = now
-        if high is None:
-            now = 2 * low
-        else:
-            now = (low + high) // 2 if low else high // 2
-        if now == 0:
-            return  # not even one example per shard
+        now = _next_batch(fits, high, topology.chip.limit_gib * 2**30)
+
+
+def _next_batch(fits: list[tuple[int, int]], high: int | None, limit: float) -> int:
+    """What to try after these fitted and `high` did not; 0 if not even one does."""
+    if not fits:
+        return high // 2
+    low, peak = fits[-1]
+    if len(fits) == 1:
+        return 2 * low if high is None else (low + high) // 2
+    before, peak_before = fits[-2]
+    slope = (peak - peak_before) / (low - before)
+    guess = low + int((limit - peak) / slope) if slope > 0 else 2 * low
+    # At least far enough to end the search if it does not fit, or, below what did not fit, if it does.
+    guess = max(guess, low + max(1, low // 8))
+    return guess if high is None else min(guess, max((low + high) // 2, high - max(1, high // 9)))
 
 
 def _experiment(config: Config, topology: Topology) -> Experiment:
@@ -223,7 +234,7 @@ class _Dump:
         self.arguments, self.temp, self.total = size(", parameter "), size("preallocated-temp"), size("")
 
     def largest(self, count: int = 8) -> list[tuple[int, str]]:
-        """(bytes, type and origin) of the largest buffers alive at the peak; equal ones are added up."""
+        """(bytes, type and origin) of the largest values alive at the peak; equal ones are added up."""
         instructions = {i.name: i for body in self._program.computations.values() for i in body.values()}
         peak = self._live.partition("(peak):")[2].partition("Stack trace")[0]
         found: dict[str, tuple[int, int]] = {}

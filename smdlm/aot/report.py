@@ -20,7 +20,7 @@ class Report:
       program: 'train', 'train (plain)' or 'sample'.
       batch, tokens: examples and tokens of all chips together; steps: forward passes of a sampler, 1 for training.
       arguments, temp, peak: bytes of HBM; the peak may be less than the sum of the two.
-      largest: (bytes, what) of the buffers alive when the most is, largest first.
+      largest: (bytes, what) of the values alive when the most is, largest first; two may share their memory.
       work: all that runs, see hlo.py; None where the compiler's text does not say (GPUs, programs that do not fit).
       assumed: choices made where a run-time value decides.
       model_flops: what the mathematics needs without recomputing anything, all chips together.
@@ -130,6 +130,6 @@ class Report:
         if self.work:
             lines.append(f"  {'where':24}{'TFLOP':>10}{'HBM GB':>10}{'ms':>10}")
             lines += [f"    {n:22}{f / 1e12:10.3f}{b / 1e9:10.2f}{1e3 * s:10.2f}" for n, f, b, s in self.parts()]
-        lines.append("  largest buffers at the peak")
+        lines.append("  largest values at the peak (one updated in place is there twice)")
         lines += [f"    {size / GIB:8.3f} GiB  {what}" for size, what in self.largest]
         return "\n".join(lines if self.fits else [*lines, f"  to make it fit: {self.advice}"])
