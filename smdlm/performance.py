@@ -173,11 +173,12 @@ def render(rows: dict[str, Any]) -> str:
         _table(("data", "fsdp", "tensor", "loss difference", "first step, s"), mesh_rows),
         "## On accelerators that were not there",
         "",
-        "From the compilers of the accelerators (`python -m smdlm.aot`), per chip; HBM in GiB. TFLOP and time count",
-        "loops as often as they run, half of the tokens masked, a step with feedback. GB are what goes through HBM, of",
-        "which `head` for logits, loss and feedback; of a sampler, for all of its steps. The time is a roofline, a",
-        "lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no remat. The CUDA compiler",
-        "offers no cost analysis.",
+        "From the compilers of the accelerators (`python -m smdlm.aot`), per chip; HBM in GiB, of which the peak",
+        "may be less than arguments and temporaries together: the memory of a donated argument is used again. TFLOP",
+        "and time count loops as often as they run, half of the tokens masked, a step with feedback. GB are what",
+        "goes through HBM, of which `head` for logits, loss and feedback; of a sampler, for all of its steps. The",
+        "time is a roofline, a lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no",
+        "remat. The CUDA compiler offers no cost analysis.",
         "",
     ]
     head = ("config", "form", "program", "chips", "batch per chip", "arguments", "temporaries", "peak", "limit", "fits")
