@@ -1,7 +1,10 @@
 """Micro models, data and assertions shared by the tests of the core."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from smdlm.denoiser import Denoiser
 from smdlm.models.dit import DiT, DiTConfig
@@ -33,7 +37,34 @@ V, MASK, B, L = 24, 23, 4, 8
 ROOT = Path(__file__).parents[1]
 
 
+_children = {}  # file of tests -> (process, its stdout, its stderr)
+
+
+def pytest_collection_finish(session):
+    """Files whose tests look at what a child process on eight devices found start it now, beside the other tests."""
+    for item in session.items if not session.config.option.collectonly else ():
+        if "eight_devices" in item.fixturenames and item.path not in _children:
+            files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+            command = [sys.executable, str(item.path)]
+            process = subprocess.Popen(command, env=environment(8), stdout=files[0], stderr=files[1])
+            _children[item.path] = process, *files
+
+
+@pytest.fixture(scope="module")
+def eight_devices(request):
+    """(the last line that this file as a program wrote, parsed as JSON; its stderr)."""
+    process, *files = _children[request.path]
+    process.wait(timeout=600)
+    for file in files:
+        file.seek(0)
+    stdout, stderr = (file.read() for file in files)
+    assert process.returncode == 0, stderr[-3000:]
+    return json.loads(stdout.splitlines()[-1]), stderr
+
+
 def pytest_unconfigure():
+    for process, *_ in _children.values():
+        process.kill()  # of an interrupted session; nothing if it has ended
     if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("_smdlm"):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 

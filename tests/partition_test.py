@@ -8,13 +8,11 @@ All meshes run in one child process (this file as a program), since jax's device
 
 import hashlib
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import environment
 
 MESHES = {
     "one": {},
@@ -111,13 +109,10 @@ def child(folder):
     print(json.dumps(result))
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
+@pytest.fixture
+def eight(eight_devices):
     """What the child printed."""
-    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("meshes"))]
-    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+    return eight_devices[0]
 
 
 @pytest.mark.slow
@@ -164,14 +159,14 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(eight):
 
 
 @pytest.mark.slow
-def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight):
+def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight, eight_devices):
     one, mixed = (eight["estimates"][name] for name in ("one", "mixed"))
     assert len(one) == 3
     np.testing.assert_allclose(mixed, one, rtol=1e-5)
     for rows in (8, 3):
         assert eight["samples"][f"mixed, {rows} rows"] == eight["samples"][f"one, {rows} rows"]
     assert eight["samples"]["one, 3 rows"] == eight["samples"]["one, 8 rows"][:3]
-    assert eight["stderr"].count("got 3 rows for 4 parts of the mesh") == 1
+    assert eight_devices[1].count("got 3 rows for 4 parts of the mesh") == 1
 
 
 @pytest.mark.slow
@@ -182,4 +177,5 @@ def test_every_program_is_compiled_once(eight):
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        child(Path(folder))

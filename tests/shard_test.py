@@ -6,11 +6,8 @@ nothing about their speed.
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import environment
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 2, 4), "mixed": (2, 2, 2)}
 CASES = [*MESHES, "full mixed"]  # full: the soft mask of the whole vocabulary
@@ -64,11 +61,9 @@ def measure():
     print(json.dumps(out))
 
 
-@pytest.fixture(scope="module")
-def measured():
-    run = subprocess.run([sys.executable, __file__], env=environment(8), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture
+def measured(eight_devices):
+    return eight_devices[0]
 
 
 def results(program, *operations):
