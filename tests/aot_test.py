@@ -17,7 +17,8 @@ from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_den
 
 from smdlm.aot import hlo, measure
 from smdlm.aot.chips import CHIPS, Topology
-from smdlm.aot.hlo import Loop, Program, Work
+from smdlm.aot.costs import Costs, Work
+from smdlm.aot.hlo import Loop
 from smdlm.aot.measure import compile_sampler, compile_train, largest_batch
 from smdlm.aot.plain import PlainReadout
 from smdlm.aot.report import Report
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(fn, *arguments, assume=lambda loop: 1):
     """Work of a function compiled for the CPU."""
-    return Program(jax.jit(fn).lower(*arguments).compile().as_text()).work(assume)
+    return Costs(jax.jit(fn).lower(*arguments).compile().as_text()).work(assume)
 
 
 def flops(work):
@@ -152,7 +153,7 @@ ENTRY %main (q: (s32[], s32[8192], bf16[256,768]), a.1: bf16[8,1024,768,1,1], b.
 def test_the_text_of_the_tpu_compiler():
     """As libtpu writes it: trip counts in the conditions, products as convolutions, memory spaces, stack frames."""
     loops = []
-    work = Program(TPU, share=0.5).work(lambda loop: loops.append(loop) or 2)
+    work = Costs(TPU, share=0.5).work(lambda loop: loops.append(loop) or 2)
     assert loops == [Loop("readout.py", rows=8192, chunk=256)]
     product = next(w for w in work if w.opcode == "fusion" and w.flops)
     # 8 x 1024 rows of 768 times [768, 3 x 12 x 64]; padding of the window adds nothing. The result stays on the chip.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from smdlm.aot.chips import Topology
+from smdlm.aot.costs import Costs
 from smdlm.aot.hlo import Loop, Program
 from smdlm.aot.plain import plain
 from smdlm.aot.report import Report
@@ -181,7 +182,7 @@ def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
         # TPU: the compiler's own figure; donated arguments make room for temporaries. GPU: temporaries are one block.
         peak = arguments + temp if topology.gpu else m.peak_memory_in_bytes
     # Not the dump's text, which writes elements of tuples in another way; a program that does not fit has no other.
-    work = Program(compiled.as_text(), task.share).work(assume) if compiled and not topology.gpu else None
+    work = Costs(compiled.as_text(), task.share).work(assume) if compiled and not topology.gpu else None
     if any(w.name.startswith("readout_") for w in work or ()):
         assumed[f"{task.share:g} of the rows in the readout's kernels"] = None
     return Report(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from smdlm.aot.chips import Chip, Topology
-from smdlm.aot.hlo import Work, collective
+from smdlm.aot.costs import Work, collective
 
 GIB = 2**30
 
@@ -21,7 +21,7 @@ class Report:
       batch, tokens: examples and tokens of all chips together; steps: forward passes of a sampler, 1 for training.
       arguments, temp, peak: bytes of HBM; the peak may be less than the sum of the two.
       largest: (bytes, what) of the values alive when the most is, largest first; two may share their memory.
-      work: all that runs, see hlo.py; None where the compiler's text does not say (GPUs, programs that do not fit).
+      work: all that runs, see costs.py; None where the compiler's text does not say (GPUs, programs that do not fit).
       assumed: choices made where a run-time value decides.
       model_flops: what the mathematics needs without recomputing anything, all chips together.
       advice: what would make it fit.
