@@ -43,9 +43,9 @@ have() {
   type -t "$1" >/dev/null || fail "$1: got no such command on this machine, wanted it in PATH"
 }
 
-# count NAME DEFAULT: the environment variable must be a number of at least 1.
+# count NAME: the variable must be a number of at least 1.
 count() {
-  [[ ${!1:-$2} =~ ^[1-9][0-9]*$ ]] || fail "$1: got ${!1}, wanted a number"
+  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1: got ${!1}, wanted a number"
 }
 
 # workdir_of FLAGS...: the run's --workdir, which every launched command must name beside its --config.

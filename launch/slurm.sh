@@ -11,15 +11,16 @@
 source "${SMDLM_LAUNCH:-$(dirname "$0")}/common.sh"
 workdir=$(workdir_of "${ARGS[@]}")
 if [[ -z ${SMDLM_LAUNCH:-} ]]; then # on the login node: submit this script
-  count NODES 1
-  count GPUS 8
-  count CPUS 8
+  : "${NODES:=1}" "${GPUS:=8}" "${CPUS:=8}"
+  count NODES
+  count GPUS
+  count CPUS
   [[ -n $DRY_RUN ]] || have sbatch
   name=$(basename "$workdir")
   options=(--wait --requeue --open-mode=append "--job-name=$name" "--output=$workdir.slurm.log")
-  options+=("--nodes=${NODES:-1}" "--ntasks-per-node=${GPUS:-8}" "--gpus-per-node=${GPUS:-8}")
+  options+=("--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS")
   # SIGTERM two minutes before the limit: the run saves and ends.
-  options+=("--cpus-per-task=${CPUS:-8}" "--time=${TIME:-24:00:00}" --signal=TERM@120)
+  options+=("--cpus-per-task=$CPUS" "--time=${TIME:-24:00:00}" --signal=TERM@120)
   [[ -z ${PARTITION:-} ]] || options+=("--partition=$PARTITION")
   [[ -z ${ACCOUNT:-} ]] || options+=("--account=$ACCOUNT")
   do_ mkdir -p "$(dirname "$workdir")"

@@ -602,14 +602,14 @@ def test_feedback_needs_a_soft_masked_model():
         make_sampler(make_denoiser(None))
 
 
-EVERYTHING = [
-    {"filters": Filters(top_p=0.9), "refresh": "on_change", "use_feedback": False},
-    {"filters": Filters(top_p=0.9, top_p_rule="reference"), "feedback_source": "raw", "refresh": "on_change"},
-]
+EVERYTHING = {
+    "feedback": {"filters": Filters(top_p=0.9)},
+    "binary": {"filters": Filters(top_p=0.9, top_p_rule="reference"), "refresh": "on_change", "use_feedback": False},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", EVERYTHING, ids=["binary", "feedback"])
+@pytest.mark.parametrize("changes", EVERYTHING.values(), ids=EVERYTHING)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_with_everything(denoiser, params, name, changes):
     """Prompts stay, masks are filled, rows stand alone, one program: with each policy, filter rule and the cache."""
