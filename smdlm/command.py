@@ -2,26 +2,118 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
 
 
-def define_config() -> flags.FlagHolder:
+def run(
+    main: Callable[[], None], define_flags: Callable[[], None], check_flags: Callable[[], None] = lambda: None
+) -> None:
+    """The program behind a command line; does not return.
+
+    define_flags defines its absl flags, check_flags looks at them. A mistake in a flag, and what `main` raises of
+    ValueError, OSError, ImportError, ArithmeticError and RuntimeError of our own, is one line and exit status 2.
+    """
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            check_config_file(argv)
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
+            check_flags()
+            return rest
+        except MISTAKES as error:
+            fail(error)
+            raise
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            main()
+        except Exception as error:
+            if not is_users(error):
+                raise
+            fail(error)
+
+    define_flags()
+    app.run(guarded, flags_parser=parse)
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether its text is meant for the user: not for a fault of ours, which deserves its traceback."""
+    ours = type(error).__module__.split(".")[0] == "smdlm"
+    return ours or isinstance(error, (ValueError, OSError, ImportError))
+
+
+def fail(error: BaseException) -> None:
+    """One line (a mismatch lists its leaves below it), exit status 2."""
+    print(f"error: {message(error)}", file=sys.stderr)
+    distributed = sys.modules.get("jax") and sys.modules["jax"].distributed.is_initialized()
+    if distributed:  # the usual exit would wait for the other processes, which may be waiting for this one
+        sys.stderr.flush()
+        os._exit(2)
+    sys.exit(2)
+
+
+def message(error: BaseException) -> str:
+    """The error's text; of a KeyError, whose text is the repr of it, on one line."""
+    return " ".join(str(error.args[0]).split()) if isinstance(error, KeyError) and error.args else str(error)
+
+
+# ------------------------------------------------------------------------------------------------------------ configs
+
+
+def define_config() -> None:
     """--config=FILE and --config.section.field=value.
 
-    Any documented field may be given, also one that the file leaves at its default: `build.read` refuses what it does
+    Any documented field may be given, also one that the file leaves at its default: `config.read` refuses what it does
     not know.
     """
-    return config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config", None, "Experiment, e.g. configs/tiny.py.", lock_config=False, accept_new_attributes=True
     )
+
+
+def read_config() -> Any:
+    """--config as `smdlm.config.Config`."""
+    from smdlm.config import read
+
+    return read(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def config_name() -> str:
+    """'tiny' of --config=configs/tiny.py."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def load_config(path: str | os.PathLike) -> Any:
+    """The ConfigDict of a file, for commands and programs without --config.
+
+    Raises:
+      FileNotFoundError, ValueError: one line; whatever the file does wrong.
+    """
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or not Path(path).exists():
+        raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:  # whatever the file does
+        raise ValueError(
+            f"--config: got {path} ({type(error).__name__}: {error}), wanted a Python file with get_config()"
+        ) from error
 
 
 def check_config_file(argv: Sequence[str]) -> None:
@@ -34,6 +126,9 @@ def check_config_file(argv: Sequence[str]) -> None:
     if not given or not Path(given[-1].partition(":")[0]).is_file():
         got = given[-1] if given else "nothing"
         raise ValueError(f"--config: got {got}, wanted a Python file, e.g. --config=configs/tiny.py")
+
+
+# -------------------------------------------------------------------------------------------------------------- paths
 
 
 def check_folder(flag: str, folder: Path) -> None:
@@ -50,8 +145,3 @@ def check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"{flag}: got {file}, wanted a file in a folder that is there")
     check_folder(flag, file.parent)
-
-
-def message(error: BaseException) -> str:
-    """The error's text; of a KeyError, whose text is the repr of it, on one line."""
-    return " ".join(str(error.args[0]).split()) if isinstance(error, KeyError) and error.args else str(error)

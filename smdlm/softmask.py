@@ -5,8 +5,8 @@ For a masked position whose previous prediction was the distribution p over the 
     x = (1 - lam) [MASK] + lam * sum_{i in top-k(p)} pi_i v_i,   pi_i = p_i / sum_{top-k} p_j
     lam = w_s * sigmoid(w_a * (-H(p) - w_b)),                     H in nats
 
-`Feedback` is what is remembered, a *gate* turns its entropy into lam, a *mixer* combines the two embeddings. Gate and
-mixer are frozen dataclasses: a new one is a class with the same one or two methods.
+`Feedback` is what is remembered, a *gate* turns its entropy into lam, a *mixer* combines the two embeddings. A new gate
+or mixer is a class here with the same methods, and an entry in GATES or MIXERS.
 
 Shape letters: B examples, L positions, K remembered candidates, D width, V vocabulary.
 """
@@ -16,15 +16,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from smdlm import shard
+from smdlm.mesh import traced
+from smdlm.ops import vocab
 
 Params = Mapping[str, Any]
 
@@ -64,68 +64,41 @@ class Feedback(flax.struct.PyTreeNode):
         return self.replace(ids=self.ids[..., :k], probs=self.probs[..., :k])
 
 
-def neg_entropy(log_probs: jax.Array) -> jax.Array:
-    """Sum of p log p over the last axis, in nats: [..., V] -> [...]. 0 * log 0 counts as 0."""
-    probs = jnp.exp(log_probs)
-    return jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1)
-
-
-def _largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest by k sweeps of max; vectorises where `lax.top_k` becomes a sort, and compiles on every backend."""
-    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    values, ids = [], []
-    for _ in range(k):
-        top = x.max(-1, keepdims=True)
-        first = jnp.min(jnp.where(x == top, index, x.shape[-1]), -1, keepdims=True)
-        x = jnp.where(index == first, -jnp.inf, x)
-        values.append(top)
-        ids.append(first)
-    return jnp.concatenate(values, -1), jnp.concatenate(ids, -1)
-
-
-def top_k(x: jax.Array, k: int, block: int = 128) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` over the last axis for small k, several times faster: finite [..., V] -> values, ids [..., k].
-
-    The k largest values lie in the k blocks with the largest maxima, so one vectorised max over blocks leaves only
-    k * block candidates. Ties go to the lowest index, exactly as in `lax.top_k`.
-    """
-    vocab = x.shape[-1]
-    if vocab <= 2 * k * block:
-        return _largest(x, k)
-    pad = -vocab % block
-    if pad:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)], constant_values=-jnp.inf)
-    blocks = x.reshape(*x.shape[:-1], -1, block)
-    _, best = _largest(blocks.max(-1), k)
-    best = jnp.sort(best, axis=-1)  # ascending blocks keep ties in index order below
-    candidates = jnp.take_along_axis(blocks, best[..., None], axis=-2)
-    ids = best[..., None] * block + jnp.arange(block, dtype=jnp.int32)
-    values, where = _largest(candidates.reshape(*x.shape[:-1], -1), k)
-    return values, jnp.take_along_axis(ids.reshape(*x.shape[:-1], -1), where, axis=-1)
-
-
 def summarize(log_probs: jax.Array, active: jax.Array, k: int) -> Feedback:
     """Feedback of dense log-probabilities [B, L, V]: plain form of `Readout.feedback`, which needs none."""
     chex.assert_rank([log_probs, active], [3, 2])
-    values, ids = top_k(log_probs, k)
-    return Feedback(ids.astype(jnp.int32), jnp.exp(values), neg_entropy(log_probs), active)
+    values, ids = vocab.top_k(log_probs, k)
+    return Feedback(ids.astype(jnp.int32), jnp.exp(values), vocab.neg_entropy(log_probs), active)
 
 
 # ----------------------------------------------------------------------------------------------------------- gates
 
 
-def _inverse_softplus(x: float) -> float:
+def inverse_softplus(x: float) -> float:
+    """The raw value whose softplus is x > 0."""
     return math.log(math.expm1(x))
 
 
 class Gate(Protocol):
-    """lam in (0, 1) from the feedback's negative entropy. `init` gives its parameters, `values` readable ones."""
+    """lam in [0, 1] from the feedback's negative entropy. A frozen dataclass whose fields stand in config.softmask.
 
-    def init(self) -> Params: ...
+    Attributes:
+      labels: {name: word for a person} of what `values` returns.
+    """
 
-    def __call__(self, omega: Params, neg_entropy: jax.Array) -> jax.Array: ...
+    labels: ClassVar[Mapping[str, str]]
 
-    def values(self, omega: Params) -> dict[str, jax.Array]: ...
+    def init(self) -> Params:
+        """Raw parameters omega, a flat dict of f32 scalars."""
+        ...
+
+    def __call__(self, omega: Params, neg_entropy: jax.Array) -> jax.Array:
+        """lam of neg_entropy [B, L] f32 (nats, <= 0): [B, L] f32."""
+        ...
+
+    def values(self, omega: Params) -> dict[str, jax.Array]:
+        """Readable values of the parameters, [] each, by the names under which they are logged: omega_..."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +112,8 @@ class EntropyGate:
     Raises:
       ValueError: a start value outside its range.
     """
+
+    labels = {"omega_s": "scale", "omega_a": "steepness", "omega_b": "centre"}
 
     scale: float = 1e-6
     centre: float = -0.75
@@ -157,8 +132,8 @@ class EntropyGate:
         return {
             "raw_scale": jnp.float32(math.log(scale / (1 - scale))),
             # Without the 1e-6 that `values` adds, as in the reference: its start is -0.750001, not -0.75.
-            "raw_centre": jnp.float32(_inverse_softplus(-self.centre)),
-            "raw_steepness": jnp.float32(_inverse_softplus(self.steepness)),
+            "raw_centre": jnp.float32(inverse_softplus(-self.centre)),
+            "raw_steepness": jnp.float32(inverse_softplus(self.steepness)),
         }
 
     def __call__(self, omega: Params, neg_entropy: jax.Array) -> jax.Array:
@@ -178,6 +153,8 @@ class EntropyGate:
 class ConstantGate:
     """lam the same everywhere and not learned: the "fixed lambda" baseline; scale 0 is plain MDLM."""
 
+    labels = {"omega_s": "scale"}
+
     scale: float = 0.5
 
     def __post_init__(self):
@@ -194,11 +171,17 @@ class ConstantGate:
         return {"omega_s": jnp.float32(self.scale)}
 
 
+GATES: dict[str, type[Gate]] = {"entropy": EntropyGate, "constant": ConstantGate}
+
+
 # ---------------------------------------------------------------------------------------------------------- mixers
 
 
 class Mixer(Protocol):
-    """(mask embedding and candidate embedding [B, L, D], lam [B, L, 1] f32) -> [B, L, D]."""
+    """(mask embedding and candidate embedding [B, L, D] f32, lam [B, L, 1] f32) -> [B, L, D].
+
+    A frozen dataclass whose fields stand in config.softmask.
+    """
 
     def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array: ...
 
@@ -239,7 +222,10 @@ class Slerp:
         return direction * Lerp()(mask_norm, candidate_norm, lam)
 
 
-# -------------------------------------------------------------------------------------------------------- operators
+MIXERS: dict[str, type[Mixer]] = {"lerp": Lerp, "norm_lerp": NormLerp, "slerp": Slerp}
+
+
+# --------------------------------------------------------------------------------------------------------- operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +263,7 @@ class SoftMask:
         """
         weights = feedback.probs / jnp.maximum(feedback.probs.sum(-1, keepdims=True), 1e-30)
         ids = jnp.concatenate([tokens[..., None], feedback.ids], axis=-1)
-        rows = shard.lookup(table, ids).astype(jnp.float32)
+        rows = traced.lookup(table, ids).astype(jnp.float32)
         return rows[:, :, 0], jnp.einsum("blk,blkd->bld", weights, rows[:, :, 1:]), feedback.neg_entropy
 
     def __call__(
@@ -298,58 +284,3 @@ class SoftMask:
         # Where it counts, the row of the token is the mask's.
         soft = self.mixer(rows, candidate, lam)
         return jnp.where((feedback.active & (tokens == mask_id))[..., None], soft, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class FullSoftMask(SoftMask):
-    """k = |V| and learned temperature ( reference's `mixinputs_with_temp`): candidate = softmax(log p / T) @ table.
-
-    The gate sees the entropy at the same temperature. Needs `feedback.hidden`; the distribution is recomputed from it
-    and the (gradient-stopped) head in chunks of positions under remat, so [B, L, V] never exists here either.
-    The paper finds it worse than top-k; it is kept for that comparison.
-    """
-
-    temperature: float = 1.0
-    chunk: int = 256
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"softmask temperature: got {self.temperature}, wanted > 0")
-
-    def init(self) -> Params:
-        return {**self.gate.init(), "raw_temperature": jnp.float32(_inverse_softplus(self.temperature))}
-
-    def attach(self, feedback: Feedback, hidden: jax.Array) -> Feedback:
-        return feedback.replace(hidden=hidden)
-
-    def mix(self, omega: Params, table: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """log p [..., V] -> (candidate [..., D], neg_entropy [...]) at the learned temperature."""
-        temperature = jax.nn.softplus(omega["raw_temperature"]) + 1e-6
-        log_q = jax.nn.log_softmax(log_probs / temperature)
-        return jnp.exp(log_q) @ table, neg_entropy(log_q)
-
-    def look_up(
-        self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        axes = shard.splits(len(tokens), *shard.BATCH_AXES)
-        split, whole = PartitionSpec(axes), PartitionSpec()
-        local = shard.per_shard(self._mix_all, axes, (whole, whole, whole, split), split)
-        rows = shard.lookup(table, tokens).astype(jnp.float32)
-        candidate, entropy = local(omega, table.astype(jnp.float32), jax.lax.stop_gradient(head), feedback.hidden)
-        return rows, candidate, entropy
-
-    def _mix_all(self, omega: Params, table: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`mix` of the predictions of hidden [B, L, D], a chunk at a time."""
-
-        @jax.checkpoint
-        def chunk(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self.mix(omega, table, jax.nn.log_softmax(head.logits(hidden)))
-
-        batch, length, width = hidden.shape
-        flat = hidden.reshape(-1, width)
-        flat = jnp.pad(flat, ((0, -len(flat) % self.chunk), (0, 0)))
-        mixed, entropy = jax.lax.map(chunk, flat.reshape(-1, self.chunk, width))
-        count = batch * length
-        mixed = mixed.reshape(-1, mixed.shape[-1])[:count].reshape(batch, length, -1)
-        return mixed, entropy.reshape(-1)[:count].reshape(batch, length)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from smdlm.checkpoint import Checkpointer
+from smdlm.evaluate.base import Value
+from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.writer import Writer
+from smdlm.mesh.rules import batch_sharding, replicated
 from smdlm.objective import Objective
-from smdlm.partition import batch_sharding, replicated
-from smdlm.state import TrainState, update_ema
-from smdlm.writer import Writer
+from smdlm.optimizer import TrainState, update_ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +138,33 @@ def make_train_step(
     )
 
 
-def run(
-    state: TrainState,
-    *,
-    config: TrainConfig,
-    steps: int,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-    batches: Iterator[dict[str, np.ndarray]],
-    put: Callable[[dict[str, np.ndarray]], Any],
-    tokens_per_batch: int,
-    checkpointer: Checkpointer,
-    writer: Writer,
-    meta: dict[str, Any],
-    evaluate: Callable[[TrainState], dict[str, float]],
-    pending: Sequence[dict[str, float]] = (),
-) -> tuple[TrainState, float]:
-    """Trains from state.step to `steps`: (final state, tokens per second of this call, compilation left out).
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the loop is given.
+
+    Attributes:
+      steps: updates at its end.
+      step_fn: as from `make_train_step`. batches: of this process, from the update at which the loop begins.
+      put: moves a batch to the devices.
+      tokens_per_batch: over all processes.
+      meta: of the checkpoints, asked anew for each.
+      evaluate: of a state, at config.eval_every; the loop only passes it to the writer.
+    """
+
+    config: TrainConfig
+    steps: int
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    batches: Iterator[dict[str, np.ndarray]]
+    put: Callable[[dict[str, np.ndarray]], Any]
+    tokens_per_batch: int
+    checkpointer: Checkpointer
+    writer: Writer
+    meta: Callable[[], dict[str, Any]]
+    evaluate: Callable[[TrainState], Mapping[str, Value]]
+
+
+def run(state: TrainState, training: Training, pending: Sequence[dict[str, float]] = ()) -> tuple[TrainState, float]:
+    """Trains from state.step to `training.steps`: (final state, tokens per second, compilation left out).
 
     Metrics are fetched at log points only, one step late, so the device never waits for the host. SIGTERM (preemption)
     on any process ends the loop on all of them with a checkpoint after the same update, within a step or two. Its
@@ -162,74 +175,100 @@ def run(
       NonFiniteLoss: within one logging interval; nothing has been saved since the last finite log point.
       SystemExit: after SIGTERM, with the state saved.
     """
-    stop = StopSignal()
-    step = start = int(state.step)
-    pending = list(pending)
-    clock = first_clock = None
-    spent_elsewhere = 0.0  # saving and evaluating
-    while step < steps:
-        state, metrics = step_fn(state, put(next(batches)))
-        pending.append(metrics)
-        step += 1
-        if clock is None:
-            # The first step compiles; the clock starts when it is done.
+    config, writer, checkpointer = training.config, training.writer, training.checkpointer
+    clock, pending = _Clock(training.tokens_per_batch), list(pending)
+    with StopSignal() as stop:
+        for step in range(int(state.step) + 1, training.steps + 1):
+            state, metrics = training.step_fn(state, training.put(next(training.batches)))
+            pending.append(metrics)
+            clock.step(metrics)
+            last, stopped = step == training.steps, stop.reached(step)
+            log = last or step % config.log_every == 0
+            if not (log or stopped):
+                continue
+            pending = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
+            values = {name: np.mean([metrics[name] for metrics in pending]) for name in pending[-1]}
+            _check_finite(values["train/loss"], step - len(pending) + 1, step, checkpointer)
+            values["train/tokens_per_s"] = clock.stop()
+            if log:
+                writer.scalars(step, values)
+                writer.progress(step, values)
+                pending = []
+            if step % config.save_every == 0 or last or stopped:
+                data = {"next_index": step, "pending": list(pending)}
+                checkpointer.save(step, state, data=data, meta=training.meta())
+            if stopped and not last:
+                checkpointer.wait()
+                writer.close()
+                logging.warning("stopped by a signal at step %d; the same command continues", step)
+                raise SystemExit(0)
+            if config.eval_every and step % config.eval_every == 0 and not last:
+                writer.values(step, training.evaluate(state))
+            clock.start()
+    return state, clock.tokens_per_s
+
+
+def _check_finite(loss: float, first: int, last: int, checkpointer: Checkpointer) -> None:
+    if not np.isfinite(loss):
+        checkpointer.wait()
+        raise NonFiniteLoss(
+            f"training: got loss {loss} between steps {first} and {last}, wanted a finite number: lower optimizer.lr "
+            f"or optimizer.clip; the last good checkpoint is step {checkpointer.latest_step()}"
+        )
+
+
+class _Clock:
+    """Tokens per second of the steps alone: the first (it compiles), saving and evaluating are left out."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._begin: float | None = None  # of the steps since the last `start`
+        self._steps, self._seconds = 0, 0.0  # since then; in all
+        self._all_steps = 0
+
+    def step(self, metrics: Any) -> None:
+        """A step was dispatched; `metrics` are its results."""
+        if self._begin is None:
             jax.block_until_ready(metrics)
-            clock = first_clock = time.perf_counter()
-            clock_step = step
-        last, stopped = step == steps, stop.reached(step)
-        log = last or step % config.log_every == 0
-        if not (log or stopped):
-            continue
-        pending = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
-        values = {name: np.mean([metrics[name] for metrics in pending]) for name in pending[-1]}
-        if not np.isfinite(values["train/loss"]):
-            checkpointer.wait()
-            stop.restore()
-            raise NonFiniteLoss(
-                f"training: got loss {values['train/loss']} between steps {step - len(pending) + 1} and {step}, wanted "
-                f"a finite number: lower optimizer.lr or optimizer.clip; the last good checkpoint is step "
-                f"{checkpointer.latest_step()}"
-            )
-        now = time.perf_counter()
-        if log:
-            values["train/tokens_per_s"] = tokens_per_batch * (step - clock_step) / max(now - clock, 1e-9)
-            writer.scalars(step, values)
-            writer.progress(step, values)
-            pending = []
-        clock, clock_step = now, step
-        if step % config.save_every == 0 or last or stopped:
-            checkpointer.save(step, state, data={"next_index": step, "pending": [*pending]}, meta=meta)
-        if stopped and not last:
-            checkpointer.wait()
-            writer.close()
-            logging.warning("stopped by a signal at step %d; the same command continues", step)
-            raise SystemExit(0)
-        if config.eval_every and step % config.eval_every == 0 and not last:
-            writer.scalars(step, evaluate(state))
-        spent_elsewhere += time.perf_counter() - clock
-        clock = time.perf_counter()
-    stop.restore()
-    timed_steps = max(step - start - 1, 0)
-    seconds = clock - first_clock - spent_elsewhere if first_clock else 0.0
-    return state, tokens_per_batch * timed_steps / seconds if seconds > 0 else 0.0
+            self.start()
+        else:
+            self._steps += 1
+
+    def stop(self) -> float:
+        """Tokens per second since the last `start`; everything dispatched must be done."""
+        seconds = time.perf_counter() - self._begin
+        self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + self._steps
+        return self._tokens_per_step * self._steps / max(seconds, 1e-9)
+
+    def start(self) -> None:
+        self._begin, self._steps = time.perf_counter(), 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all steps; 0 if only one was run."""
+        return self._tokens_per_step * self._all_steps / self._seconds if self._all_steps else 0.0
 
 
 class StopSignal:
-    """Notices SIGTERM, the notice of preemption on pods and clusters.
+    """Notices SIGTERM, the notice of preemption on pods and clusters, inside a `with`.
 
-    One process: a handler of its own. Several: jax's, which hands the notice to all processes and lets them agree on
-    the step at which they stop.
+    One process: a handler of its own, and whatever happens the one before is put back. Several: jax's, which hands the
+    notice to all processes and lets them agree on the step at which they stop.
     """
 
     def __init__(self):
         self._requested = False
-        self._previous = None
-        if jax.distributed.is_initialized():
-            return
-        try:
+        self._previous: Any = None
+
+    def __enter__(self) -> StopSignal:
+        # Only the main thread may have handlers: in another one (a notebook, a test) nothing is noticed.
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._set)
-        except ValueError:
-            pass  # not the main thread (a notebook, a test): no handler
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _set(self, *_: Any) -> None:
         self._requested = True
@@ -237,7 +276,3 @@ class StopSignal:
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; to be asked at every step, by every process."""
         return self._requested or multihost_utils.reached_preemption_sync_point(step)
-
-    def restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -15,15 +15,15 @@ import pytest
 from build_test import make_config
 from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_denoiser, make_params
 
-from smdlm.aot import hlo, measure
-from smdlm.aot.chips import CHIPS, Topology
-from smdlm.aot.costs import Costs, Work
-from smdlm.aot.hlo import Loop
-from smdlm.aot.measure import compile_sampler, compile_train, largest_batch
-from smdlm.aot.plain import PlainReadout
-from smdlm.aot.report import Report
-from smdlm.build import read
+from smdlm.config import read
 from smdlm.objective import SoftMaskedDiffusion
+from smdlm.tools.aot import hlo, measure
+from smdlm.tools.aot.chips import CHIPS, Topology
+from smdlm.tools.aot.costs import Costs, Work
+from smdlm.tools.aot.hlo import Loop
+from smdlm.tools.aot.measure import compile_sampler, compile_train, largest_batch
+from smdlm.tools.aot.plain import PlainReadout
+from smdlm.tools.aot.report import Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -302,7 +302,7 @@ def test_missing_compilers_are_named(monkeypatch, name, extra):
 def command(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, "-m", "smdlm.aot", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "smdlm.tools.aot", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
 
 

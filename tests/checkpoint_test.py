@@ -17,8 +17,8 @@ import pytest
 from absl import logging
 from conftest import environment
 
-from smdlm import checkpoint
-from smdlm.checkpoint import CheckpointDamaged, Checkpointer, CheckpointMismatch
+from smdlm.io import checkpoint
+from smdlm.io.checkpoint import CheckpointDamaged, Checkpointer, CheckpointMismatch
 
 
 @flax.struct.dataclass

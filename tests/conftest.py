@@ -26,11 +26,11 @@ import numpy as np
 import pytest
 
 from smdlm.denoiser import Denoiser
-from smdlm.models.dit import DiT, DiTConfig
-from smdlm.partition import MeshConfig, param_shardings, state_shardings
+from smdlm.mesh.rules import MeshConfig, param_shardings, state_shardings
+from smdlm.models.dit import DiT
+from smdlm.optimizer import OptimizerConfig, init_state, make_optimizer
 from smdlm.readout import Readout
 from smdlm.softmask import EntropyGate, SoftMask
-from smdlm.state import OptimizerConfig, init_state, make_optimizer
 from smdlm.train import make_train_step
 
 V, MASK, B, L = 24, 23, 4, 8
@@ -83,13 +83,13 @@ READOUT = Readout(k=3, chunk=5)
 def make_denoiser(softmask=SOFTMASK, *, vocab=V, **model):
     """A DiT of width 16 and depth 2; the mask is the last id of the vocabulary."""
     sizes = {"width": 16, "depth": 2, "heads": 2, "cond": 8, "dropout": 0.0, "vocab_multiple": 1}
-    return Denoiser(DiT(DiTConfig(vocab_size=vocab, **{**sizes, **model})), vocab, vocab - 1, softmask)
+    return Denoiser(DiT(vocab_size=vocab, **{**sizes, **model}), vocab, vocab - 1, softmask)
 
 
 def make_params(denoiser, seed=0, noise=0.4):
     """Noise on every leaf of the backbone (norms around 1): at the real start head and adaLN are zero, which hides
     mistakes. Drawn by NumPy from the shapes alone, so that no test pays for compiling the initialisation."""
-    params = nn.meta.unbox(jax.eval_shape(denoiser.init_params, jax.random.key(0)))
+    params = nn.meta.unbox(jax.eval_shape(denoiser.init, jax.random.key(0)))
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -110,7 +110,7 @@ def make_training(objective, *, steps=100, accumulate=1, seed=0, mesh=None, **op
     config = OptimizerConfig(**{"warmup": 0, "lr": 1e-2, **optimizer})
     mesh = MeshConfig().make() if mesh is None else mesh
     transform = make_optimizer(config, steps)
-    boxed = jax.eval_shape(objective.denoiser.init_params, jax.random.key(0))
+    boxed = jax.eval_shape(objective.denoiser.init, jax.random.key(0))
     abstract = jax.eval_shape(lambda p: init_state(p, transform), nn.meta.unbox(boxed))
     shardings = state_shardings(mesh, abstract, param_shardings(mesh, boxed))
     step = make_train_step(

@@ -12,10 +12,11 @@ from conftest import assert_identical
 from tokenizers import models, pre_tokenizers
 
 from configs import owt_continue
-from smdlm.build import build, read
-from smdlm.checkpoint import Checkpointer, CheckpointMismatch
 from smdlm.convert import __main__ as convert
 from smdlm.convert import files, mdlm
+from smdlm.build import build
+from smdlm.config import read
+from smdlm.io.checkpoint import Checkpointer, CheckpointMismatch
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests" / "golden" / "mdlm.ckpt"

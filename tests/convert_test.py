@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from smdlm.checkpoint import Checkpointer
 from smdlm.convert import __main__ as convert
 from smdlm.convert import files, mdlm, torchfile
 from smdlm.convert.unpickle import Opaque, TorchFileError
 from smdlm.denoiser import Denoiser
-from smdlm.models.dit import DiT, DiTConfig
-from smdlm.softmask import FullSoftMask, SoftMask
+from smdlm.full_softmask import FullSoftMask
+from smdlm.io.checkpoint import Checkpointer
+from smdlm.models.dit import DiT
+from smdlm.softmask import SoftMask
 
-CONFIG = DiTConfig(vocab_size=19, width=16, depth=3, heads=2, cond=8, vocab_multiple=8)
+CONFIG = DiT(vocab_size=19, width=16, depth=3, heads=2, cond=8, vocab_multiple=8)
 CAUSAL = dataclasses.replace(CONFIG, causal=True, cond=128)
 
 
@@ -79,7 +80,7 @@ def test_tables_are_bijective(config):
         for i, leaf in enumerate(leaves)
     }
     tree = mdlm.to_tree(tensors, config)
-    shapes = nn.meta.unbox(jax.eval_shape(DiT(config).init_params, jax.random.key(0)))
+    shapes = nn.meta.unbox(jax.eval_shape(config.init, jax.random.key(0)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     values = np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
     assert np.array_equal(np.sort(values[values != 0]), np.arange(1, sizes[-1] + 1))
@@ -160,11 +161,11 @@ def test_a_model_restores_the_import(tmp_path, capsys, checkpoint, softmask, hea
     assert run("import", "mdlm", tmp_path / "in.ckpt", tmp_path / "run", *flags) == 0
     said = capsys.readouterr().out
     denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, softmask)
-    abstract = nn.meta.unbox(jax.eval_shape(denoiser.init_params, jax.random.key(0)))
+    abstract = nn.meta.unbox(jax.eval_shape(denoiser.init, jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     params, meta = checkpointer.restore_params(abstract, "params")
     ema, _ = checkpointer.restore_params(abstract, "ema")
-    assert meta["step"] == 0 and DiTConfig(**meta["model"]) == CONFIG and meta["mask_id"] == CONFIG.vocab_size - 1
+    assert meta["step"] == 0 and DiT(**meta["model"]) == CONFIG and meta["mask_id"] == CONFIG.vocab_size - 1
     for tree, values in ((params, tensors), (ema, make_tensors(seed=1))):
         flat = mdlm.from_tree(tree["backbone"], CONFIG)
         assert bits(flat) == bits({n: values[n] for n in flat})
@@ -215,7 +216,7 @@ def test_ema_in_a_second_file(tmp_path):
 def test_export_after_training(tmp_path):
     """A checkpoint of a run, without an import's meta: the vocabulary without padding is all that must be told."""
     denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, SoftMask())
-    params = nn.meta.unbox(jax.jit(denoiser.init_params)(jax.random.key(0)))
+    params = nn.meta.unbox(jax.jit(denoiser.init)(jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     checkpointer.save(5, convert.TrainState(jnp.int32(5), params, params, {}), data={}, meta={})
     checkpointer.close()

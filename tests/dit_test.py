@@ -11,8 +11,9 @@ import pytest
 from conftest import V, assert_close, make_denoiser, make_params
 
 from smdlm.denoiser import Denoiser
-from smdlm.models.dit import DiT, DiTConfig
-from smdlm.models.layers import Dropout, attention, rotary
+from smdlm.models.attention import attention
+from smdlm.models.dit import DiT
+from smdlm.models.layers import Dropout, rotary
 
 B, L = 2, 6
 
@@ -118,15 +119,15 @@ def test_sigma_conditions_each_row(bidirectional):
 def test_parameters_of_the_paper():
     """The reference's counts at V = 50258: 169,627,218 for the DiT, 162,246,482 for its AR baseline."""
     for causal, count in ((False, 169_627_218), (True, 162_246_482)):
-        model = DiT(DiTConfig(50258, causal=causal, vocab_multiple=1))
-        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+        model = DiT(50258, causal=causal, vocab_multiple=1)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
         assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
 
 
 def test_start():
     """Head and adaLN start at zero: all logits 0 and each block the identity; the rest as torch draws it."""
     denoiser = make_denoiser()
-    params = nn.meta.unbox(jax.jit(denoiser.init_params)(jax.random.key(0)))
+    params = nn.meta.unbox(jax.jit(denoiser.init)(jax.random.key(0)))
     zero = {jax.tree_util.keystr(k) for k, x in jax.tree_util.tree_leaves_with_path(params) if not np.any(x)}
     assert len(zero) == 6 and all("adaln" in name or "head" in name for name in zero)
     hidden = jax.jit(denoiser)(params, tokens())
@@ -146,7 +147,7 @@ def test_layers_are_stacked_and_ordered(bidirectional):
     """That they are applied in order is in the NumPy forward; here, that order matters at all."""
     denoiser, params, forward = bidirectional
     blocks = params["backbone"]["blocks"]
-    assert all(x.shape[0] == denoiser.model.config.depth for x in jax.tree.leaves(blocks))
+    assert all(x.shape[0] == denoiser.model.depth for x in jax.tree.leaves(blocks))
     flipped = {**params, "backbone": {**params["backbone"], "blocks": jax.tree.map(lambda x: x[::-1], blocks)}}
     assert np.abs(forward(flipped, tokens()) - forward(params, tokens())).max() > 0.1
 
@@ -156,7 +157,7 @@ def test_remat_changes_nothing(bidirectional):
     x = tokens()
 
     def grads(**changes):
-        model = DiT(dataclasses.replace(denoiser.model.config, **changes))
+        model = dataclasses.replace(denoiser.model, **changes)
         other = dataclasses.replace(denoiser, model=model)
         return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(other(p, x)))))(params)
 
@@ -170,7 +171,7 @@ def test_remat_recomputes(bidirectional):
     denoiser, params, _ = bidirectional
 
     def saved(remat):
-        model = DiT(dataclasses.replace(denoiser.model.config, remat=remat))
+        model = dataclasses.replace(denoiser.model, remat=remat)
         other = dataclasses.replace(denoiser, model=model)
         # The pullback is a pytree whose leaves are the residuals.
         pullback = jax.eval_shape(lambda p: jax.vjp(lambda q: other(q, tokens(4, 64)), p)[1], params)
@@ -182,7 +183,7 @@ def test_remat_recomputes(bidirectional):
 
 def test_padding_of_the_vocabulary_changes_nothing(bidirectional):
     denoiser, params, forward = bidirectional
-    model = DiT(dataclasses.replace(denoiser.model.config, vocab_multiple=64))
+    model = dataclasses.replace(denoiser.model, vocab_multiple=64)
     padded = Denoiser(model, V, V - 1, denoiser.softmask)
     big = make_params(padded, seed=9)  # noise in the padding
     p, q = params["backbone"], big["backbone"]
@@ -206,7 +207,7 @@ def test_padding_of_the_vocabulary_changes_nothing(bidirectional):
 def test_dropout(bidirectional):
     """Off without a key, whatever the rate; on with one; another key, another result."""
     denoiser, params, forward = bidirectional
-    model = DiT(dataclasses.replace(denoiser.model.config, dropout=0.5))
+    model = dataclasses.replace(denoiser.model, dropout=0.5)
     noisy = dataclasses.replace(denoiser, model=model)
     np.testing.assert_allclose(jax.jit(noisy)(params, tokens()), forward(params, tokens()), rtol=1e-4, atol=1e-4)
     draw = jax.jit(lambda k: noisy(params, tokens(), dropout_key=k))
@@ -248,7 +249,7 @@ def test_causal_model_ignores_the_future(causal):
 def test_kv_cache_is_the_full_forward(causal, parts):
     denoiser, params, forward = causal
     decode = jax.jit(denoiser.decode)
-    cache, start, hidden = denoiser.model.init_cache(B, L + 2), 0, []  # a cache longer than what is in it
+    cache, start, hidden = denoiser.model.cache(B, L + 2), 0, []  # a cache longer than what is in it
     for size in parts:
         part, cache = decode(params, tokens()[:, start : start + size], cache, start)
         hidden.append(part)
@@ -295,7 +296,7 @@ def test_rotary_angles_are_f32_for_bf16_inputs():
 )
 def test_fields_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
-        DiTConfig(**{"vocab_size": V, "width": 16, "heads": 2, **wrong})
+        DiT(**{"vocab_size": V, "width": 16, "heads": 2, **wrong})
 
 
 # Blocks

@@ -26,11 +26,14 @@ from smdlm.convert import __main__ as convert
 from smdlm.convert import files, mdlm
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
+from smdlm.full_softmask import FullSoftMask
+from smdlm.models.base import Head
 from smdlm.models.dit import Block, DiT, SigmaMap
-from smdlm.models.layers import Head
 from smdlm.objective import NextToken, SoftMaskedDiffusion
+from smdlm.ops.filters import Filters
+from smdlm.ops.vocab import neg_entropy
+from smdlm.optimizer import OptimizerConfig, init_state, make_optimizer, update_ema
 from smdlm.readout import Draw, Readout, exclude
-from smdlm.sampling.filters import Filters
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import (
     Ancestral,
@@ -43,8 +46,7 @@ from smdlm.sampling.policies import (
     Times,
     linear_times,
 )
-from smdlm.softmask import EntropyGate, Feedback, FullSoftMask, SoftMask, neg_entropy, summarize
-from smdlm.state import OptimizerConfig, init_state, make_optimizer, update_ema
+from smdlm.softmask import EntropyGate, Feedback, SoftMask, summarize
 
 TOLERANCES = {  # group: largest absolute difference; gradients: relative to the largest entry of the tensor
     "logits": 1.3e-5,
@@ -237,7 +239,7 @@ class Reference:
 
     @property
     def config(self) -> Any:
-        return self.denoiser.model.config
+        return self.denoiser.model
 
     @property
     def backbone(self) -> Any:
@@ -883,7 +885,7 @@ def test_ar_sampling(autoregressive):
     reference, stored = autoregressive, arrays("ar.npz")
     denoiser, params, gumbel = reference.denoiser, reference.params, stored["sample_gumbel"]
     batch, steps = gumbel.shape[:2]
-    cache = denoiser.model.init_cache(batch, steps + 1)
+    cache = denoiser.model.cache(batch, steps + 1)
     decode, head = jax.jit(denoiser.decode), denoiser.head(params)
     pick = jax.jit(reference.readout.draw, static_argnums=4)
     rows, gaps = [np.full(batch, int(stored["sample_bos"]), np.int32)], []

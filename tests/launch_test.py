@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smdlm.build import read
+from smdlm.config import read
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -22,8 +22,9 @@ from conftest import (
 
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import TimeSampler
+from smdlm.full_softmask import FullSoftMask
 from smdlm.objective import Example, NextToken, SoftMaskedDiffusion
-from smdlm.softmask import ConstantGate, FullSoftMask, SoftMask, summarize
+from smdlm.softmask import ConstantGate, SoftMask, summarize
 
 KEY = jax.random.key(0)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from smdlm import performance
-from smdlm.bench import COLUMNS
+from smdlm.tools import performance
+from smdlm.tools.bench import COLUMNS
 
 MESHES = {
     f"mesh {m}": {"mesh": list(m), "losses": [2.0, 1.0 + 1e-6 * i], "first_step_s": 1.0}

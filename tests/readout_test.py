@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import MASK, B, V, assert_close, assert_identical
 
-from smdlm.models.layers import Head
+from smdlm.models.base import Head
+from smdlm.ops.filters import Filters, inverse_cdf
 from smdlm.readout import Readout, exclude
-from smdlm.sampling.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback, summarize
 
 D, L, PADDED = 6, 5, 32  # N = 20 rows: chunks of 8 do not divide them, 24 .. 31 are padding

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import MASK, READOUT, SOFTMASK, V, assert_identical, make_denoiser, make_params
 
-from smdlm.build import POLICIES
+from smdlm.sampling.policies import POLICIES
+from smdlm.full_softmask import FullSoftMask
+from smdlm.ops.filters import Filters, inverse_cdf, nucleus_threshold
 from smdlm.readout import Draw
-from smdlm.sampling.filters import Filters, inverse_cdf, nucleus_threshold
-from smdlm.sampling.loop import ARSampler, Sampler, uniforms
+from smdlm.sampling.ar import ARSampler
+from smdlm.sampling.loop import Sampler, uniforms
 from smdlm.sampling.policies import (
     Ancestral,
     Cap,
@@ -24,7 +26,7 @@ from smdlm.sampling.policies import (
     Times,
     linear_times,
 )
-from smdlm.softmask import Feedback, FullSoftMask, SoftMask
+from smdlm.softmask import Feedback, SoftMask
 
 B, L, T = 3, 8, 6
 

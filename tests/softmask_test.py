@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 from conftest import MASK, B, L, V, assert_close
 
-from smdlm.models.layers import Head
+from smdlm.full_softmask import FullSoftMask
+from smdlm.models.base import Head
+from smdlm.ops.vocab import neg_entropy, top_k
 from smdlm.readout import exclude
-from smdlm.softmask import (
-    ConstantGate,
-    EntropyGate,
-    Feedback,
-    FullSoftMask,
-    Lerp,
-    NormLerp,
-    Slerp,
-    SoftMask,
-    neg_entropy,
-    summarize,
-    top_k,
-)
+from smdlm.softmask import ConstantGate, EntropyGate, Feedback, Lerp, NormLerp, Slerp, SoftMask, summarize
 
 D = 6
 GATE = EntropyGate(scale=0.7, centre=-1.5, steepness=2.0)

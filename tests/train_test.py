@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import READOUT, B, L, V, assert_close, assert_identical, make_batch, make_denoiser, make_training, same
 
-from smdlm.checkpoint import Checkpointer
+from smdlm.io.checkpoint import Checkpointer
 from smdlm.objective import NextToken, SoftMaskedDiffusion
 from smdlm.readout import Readout
 from smdlm.train import NonFiniteLoss, TrainConfig, run
@@ -156,7 +156,8 @@ def too_large(shapes, rows, vocab):
 @pytest.mark.parametrize("full", [False, True])
 def test_the_step_never_holds_b_l_v(full):
     """B 4, L 16, V 512, chunk 8: neither in the jaxpr nor in what XLA made of it, with both kinds of soft mask."""
-    from smdlm.softmask import FullSoftMask, SoftMask
+    from smdlm.full_softmask import FullSoftMask
+    from smdlm.softmask import SoftMask
 
     batch, length, vocab = 4, 16, 512
     rows = batch * length

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from smdlm import writer as writer_lib
-from smdlm.writer import Writer, read_metrics
+from smdlm.io import writer as writer_lib
+from smdlm.io.writer import Writer, read_metrics
 
 
 @pytest.fixture

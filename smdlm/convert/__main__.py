@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smdlm.build import read
-from smdlm.checkpoint import CheckpointDamaged, Checkpointer
+from smdlm import command
+from smdlm.config import read
 from smdlm.convert import files, mdlm
 from smdlm.data.tokenizer import make_tokenizer
-from smdlm.softmask import FullSoftMask, SoftMask
-from smdlm.state import TrainState
+from smdlm.full_softmask import FullSoftMask
+from smdlm.io.checkpoint import CheckpointDamaged, Checkpointer
+from smdlm.optimizer import TrainState
+from smdlm.softmask import SoftMask
 
 KINDS = ("mdlm", "ar")
 SIZES = ("vocab_size", "width", "depth", "heads", "cond")
@@ -80,29 +81,18 @@ def import_checkpoint(args: argparse.Namespace) -> list[str]:
 
 def _from_config(path: str, kind: str) -> tuple[dict[str, int], int, SoftMask | None]:
     """(wanted sizes, padding, operator) of a config file; a BPE's vocabulary is not known before it is trained."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or not Path(path).exists():
-        raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # whatever the file does
-        raise files.FileError(
-            f"--config: got {path} ({type(error).__name__}: {error}), wanted a Python file with get_config()"
-        ) from error
-    config = read(config)
-    if bool(config.model.get("causal")) != (kind == "ar"):
-        raise files.FileError(f"{path}: got a config of an {'mdlm' if kind == 'ar' else 'ar'} model, wanted {kind}")
-    model = mdlm.DiTConfig(**{"vocab_size": 2, **config.model})
+    config = read(command.load_config(path))
+    model = config.model
+    if not isinstance(model, mdlm.DiT) or model.causal != (kind == "ar"):
+        raise files.FileError(f"{path}: got a config of another model, wanted one of an {kind} model: change KIND")
     sizes = {name: getattr(model, name) for name in SIZES if name != "vocab_size"}
     if model.causal:
         del sizes["cond"]
-    if "vocab_size" in config.model:
-        sizes["vocab_size"] = model.vocab_size
+    if config.vocab_size is not None:
+        sizes["vocab_size"] = config.vocab_size
     elif not config.data.tokenizer.startswith("bpe"):
         sizes["vocab_size"] = make_tokenizer(config.data.tokenizer).model_vocab_size
-    return sizes, model.vocab_multiple, config.softmask.make()
+    return sizes, model.vocab_multiple, config.softmask.operator
 
 
 def export_checkpoint(args: argparse.Namespace) -> list[str]:

@@ -21,8 +21,9 @@ import numpy as np
 from flax import traverse_util
 
 from smdlm.convert.files import Source
-from smdlm.models.dit import DiT, DiTConfig
-from smdlm.softmask import FullSoftMask, SoftMask
+from smdlm.full_softmask import FullSoftMask
+from smdlm.models.dit import DiT
+from smdlm.softmask import SoftMask
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -55,7 +56,7 @@ class Leaf:
         return self.target.endswith("kernel")
 
 
-def table(config: DiTConfig) -> list[Leaf]:
+def table(config: DiT) -> list[Leaf]:
     """All tensors in the reference's order, which is also that of its unnamed EMA list."""
     width, cond, vocab = config.width, config.cond, config.vocab_size
     leaves = [Leaf("vocab_embed.embedding", "embed", (vocab, width), vocab=True)]
@@ -87,9 +88,9 @@ def _linear(source: str, target: str, shape: tuple[int, int]) -> list[Leaf]:
     return [Leaf(f"{source}.weight", f"{target}/kernel", shape), Leaf(f"{source}.bias", f"{target}/bias", shape[:1])]
 
 
-def to_tree(tensors: Tensors, config: DiTConfig) -> dict[str, Any]:
+def to_tree(tensors: Tensors, config: DiT) -> dict[str, Any]:
     """Reference names -> our backbone tree, f32 arrays. tensors must fit `table(config)`."""
-    shapes = nn.meta.unbox(jax.eval_shape(DiT(config).init_params, jax.random.key(0)))
+    shapes = nn.meta.unbox(jax.eval_shape(config.init, jax.random.key(0)))
     out = {name: np.zeros(x.shape, np.float32) for name, x in traverse_util.flatten_dict(shapes, sep="/").items()}
     for leaf in table(config):
         value = np.asarray(tensors[leaf.source]).astype(np.float32)
@@ -100,7 +101,7 @@ def to_tree(tensors: Tensors, config: DiTConfig) -> dict[str, Any]:
     return traverse_util.unflatten_dict(out, sep="/")
 
 
-def from_tree(tree: Mapping[str, Any], config: DiTConfig) -> dict[str, np.ndarray]:
+def from_tree(tree: Mapping[str, Any], config: DiT) -> dict[str, np.ndarray]:
     """Our backbone tree (parameters, or gradients) -> reference names, in `table` order."""
     flat = {name: np.asarray(x) for name, x in traverse_util.flatten_dict(tree, sep="/").items()}
     out = {}
@@ -127,7 +128,7 @@ class Converted:
 
     params: dict[str, Any]
     ema: dict[str, Any]
-    config: DiTConfig
+    config: DiT
     meta: dict[str, Any]
     notes: list[str]
 
@@ -151,7 +152,7 @@ def import_source(
         set for both).
       softmask: operator whose omega is wanted; None for a binary model. Initialised anew only where the file has no
         soft-mask head at all. What it has no place for is kept in the meta.
-      sizes: wanted sizes by DiTConfig field; 'heads' is needed if the file has no rotary buffer.
+      sizes: wanted sizes by DiT field; 'heads' is needed if the file has no rotary buffer.
       vocab_multiple: padding of our tables.
 
     Raises:
@@ -232,14 +233,14 @@ def import_source(
     return Converted({"backbone": raw, "softmask": omega}, {"backbone": ema, "softmask": omega}, config, meta, notes)
 
 
-def describe(config: DiTConfig) -> str:
+def describe(config: DiT) -> str:
     return (
         f"width {config.width}, depth {config.depth}, heads {config.heads}, vocabulary {config.vocab_size} "
         f"in {config.padded_vocab} rows" + ("" if config.causal else f", cond {config.cond}")
     )
 
 
-def infer(source: Source, kind: str, sizes: Mapping[str, int], vocab_multiple: int) -> DiTConfig:
+def infer(source: Source, kind: str, sizes: Mapping[str, int], vocab_multiple: int) -> DiT:
     """Sizes from the shapes; heads from the rotary buffer, config.json or `sizes`. Raises ConversionError."""
     tensors, given = source.tensors, source.config or {}
     causal = kind == "ar"
@@ -274,7 +275,7 @@ def infer(source: Source, kind: str, sizes: Mapping[str, int], vocab_multiple: i
             "pass --heads=N"
         )
     try:
-        return DiTConfig(
+        return DiT(
             vocab, width, depth, heads, cond, given.get("dropout", 0.1), causal=causal, vocab_multiple=vocab_multiple
         )
     except (ValueError, TypeError) as error:
@@ -293,7 +294,7 @@ def _differences(label: str, got: Tensors, wanted: Mapping[str, tuple[int, ...]]
     return lines
 
 
-def _rotary_problems(got: np.ndarray | None, config: DiTConfig) -> list[str]:
+def _rotary_problems(got: np.ndarray | None, config: DiT) -> list[str]:
     wanted = rotary_frequencies(config.width // config.heads)
     if got is None or (got.shape == wanted.shape and np.allclose(got.astype(np.float32), wanted, rtol=1e-2, atol=0)):
         return []
@@ -367,7 +368,7 @@ def export_tree(params: Mapping[str, Any], meta: Mapping[str, Any], kind: str, v
     return Source(kind, tensors, shadow, ema, progress, convert.get("config") or hugging_face)
 
 
-def model_config(backbone: Mapping[str, Any], meta: Mapping[str, Any], kind: str, vocab_size: int | None) -> DiTConfig:
+def model_config(backbone: Mapping[str, Any], meta: Mapping[str, Any], kind: str, vocab_size: int | None) -> DiT:
     """Sizes of a tree of ours. ConversionError: another KIND, or the vocabulary without padding is not known."""
     causal = "sigma_map" not in backbone
     if causal != (kind == "ar"):
@@ -385,4 +386,4 @@ def model_config(backbone: Mapping[str, Any], meta: Mapping[str, Any], kind: str
             "pass --vocab_size=N"
         )
     dropout = meta.get("model", meta.get("config", {}).get("model", {})).get("dropout", 0.1)
-    return DiTConfig(vocab, width, depth, heads, cond, dropout, causal=causal, vocab_multiple=rows)
+    return DiT(vocab, width, depth, heads, cond, dropout, causal=causal, vocab_multiple=rows)

@@ -24,8 +24,8 @@ from array_record.python import array_record_module
 from smdlm.data.config import FRAMINGS, READABLE, DataConfig
 from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, file_sha256, read_manifest, too_short
 from smdlm.data.sources import Source, make_source, with_splits
-from smdlm.data.tokenizer import SPECS, Tokenizer, bpe_tokenizer, make_tokenizer
-from smdlm.data.vocabulary import grouped
+from smdlm.data.tokenizer import SPECS, bpe_tokenizer, make_tokenizer
+from smdlm.data.vocabulary import Tokenizer, grouped
 
 PROGRESS = "progress.json"
 RECORD_OVERHEAD = 96  # bytes that ArrayRecord adds to a record (its chunk header), rounded up

@@ -10,18 +10,10 @@ import grain
 import numpy as np
 
 from smdlm.data.config import DataConfig
-from smdlm.data.packing import (
-    TOKENIZER_FILE,
-    ArrayBlocks,
-    Packer,
-    RecordBlocks,
-    block_dtype,
-    read_manifest,
-    too_short,
-)
+from smdlm.data.packing import TOKENIZER_FILE, ArrayBlocks, Packer, RecordBlocks, block_dtype, read_manifest, too_short
 from smdlm.data.sources import make_source, with_splits
-from smdlm.data.tokenizer import Tokenizer, bpe_tokenizer, make_tokenizer
-from smdlm.data.vocabulary import grouped
+from smdlm.data.tokenizer import bpe_tokenizer, make_tokenizer
+from smdlm.data.vocabulary import Tokenizer, grouped
 
 __all__ = ["Blocks", "DataConfig", "TextData", "batches", "load"]
 

@@ -16,27 +16,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smdlm.evaluate.base import Subject, Value, ratio
+from smdlm.mesh.arrays import fetch
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
-from smdlm.partition import fetch
 from smdlm.softmask import Feedback
+
+LABELS = {
+    "one_pass": "one pass (no feedback)",
+    "two_pass": "two passes (feedback)",
+    "carried": "carried feedback",
+    "next_token": "next token (exact)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Attributes:
-    blocks: validation blocks used (all if there are fewer), from the start of the split.
-    batch_size: of evaluation.
-    draws: (t, mask) draws per block and estimate.
-    chain: canvases in the chain of the carried-feedback estimate; 0 leaves it out.
-    seed: of masks and times; part of the protocol.
-    omega: 'ema', or 'live': the last omega beside the averaged backbone (the reference's EMA leaves omega out).
+class Likelihood:
+    """Every estimate on the same blocks and masks, and what feedback gains, from the differences of the pairs.
+
+    Attributes:
+      blocks: validation blocks used (all if there are fewer), from the start of the split.
+      batch_size: of evaluation.
+      draws: (t, mask) draws per block and estimate.
+      chain: canvases in the chain of the carried-feedback estimate; 0 leaves it out.
+      seed: of masks and times; part of the protocol.
     """
 
     blocks: int = 512
@@ -44,7 +53,6 @@ class EvalConfig:
     draws: int = 1
     chain: int = 8
     seed: int = 0
-    omega: str = "ema"
 
     def __post_init__(self):
         for name in ("blocks", "batch_size", "draws"):
@@ -52,37 +60,45 @@ class EvalConfig:
                 raise ValueError(f"eval.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.chain < 0:
             raise ValueError(f"eval.chain: got {self.chain}, wanted 0 (left out) or more forwards")
-        check_omega("eval.omega", self.omega)
 
+    def run(self, subject: Subject) -> dict[str, Value]:
+        """bits_per_byte_NAME, nats_per_token_NAME and perplexity_NAME of every estimate; gain_... of two passes."""
+        nll, sizes, lengths = self.blockwise(subject)
+        values = {}
+        for name, nll_N in nll.items():
+            bits, nats = ratio(nll_N, sizes * np.log(2)), ratio(nll_N, lengths)
+            perplexity = float(np.exp(nats[0]))
+            values[f"bits_per_byte_{name}"] = Value(*bits, "bits/byte", LABELS[name])
+            values[f"nats_per_token_{name}"] = Value(*nats, "nats/token", LABELS[name])
+            values[f"perplexity_{name}"] = Value(perplexity, perplexity * nats[1], "perplexity", LABELS[name])
+        if "two_pass" in nll:
+            gain, label = nll["one_pass"] - nll["two_pass"], "gain of the second pass (paired)"
+            values["gain_bits_per_byte"] = Value(*ratio(gain, sizes * np.log(2)), "bits/byte", label)
+            values["gain_nats_per_token"] = Value(*ratio(gain, lengths), "nats/token", label)
+        return values
 
-def check_omega(field: str, value: str) -> None:
-    if value not in ("ema", "live"):
-        raise ValueError(f"{field}: got {value!r}, wanted 'ema' or 'live'")
-
-
-def weights(ema: Any, params: Any, omega: str) -> Any:
-    """The averaged weights with the omega that is asked for."""
-    return ema if omega == "ema" else {**ema, "softmask": params["softmask"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A likelihood over `blocks` blocks with the half-width of its 95 % confidence interval (over blocks).
-
-    weights: what was evaluated.
-    """
-
-    nats_per_token: float
-    nats_interval: float
-    bits_per_byte: float
-    bits_interval: float
-    tokens: int
-    blocks: int
-    weights: str
-
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(self.nats_per_token))
+    def blockwise(self, subject: Subject) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """({estimate: nll [N], nats}, bytes [N], tokens [N]) of N validation blocks, f64."""
+        objective = subject.objective
+        estimators = _estimators(objective, self.chain)
+        sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
+        sizes, lengths = [], []
+        for number, batch in enumerate(subject.batches(self.blocks, self.batch_size)):
+            real = np.asarray(batch["valid"])
+            tokens = np.asarray(batch["tokens"])[real]
+            # The AR model is given the first token of a block: it is neither predicted nor counted.
+            counted = tokens[:, 1:] if isinstance(objective, NextToken) else tokens
+            sizes.append(subject.token_bytes[counted].sum(1))
+            lengths.append(np.full(len(counted), counted.shape[1]))
+            key = jax.random.fold_in(jax.random.key(self.seed), number)
+            placed = subject.place(batch)
+            for name, fn in estimators.items():
+                draws = [fetch(fn(subject.params, jax.random.fold_in(key, d), placed)) for d in range(self.draws)]
+                sums[name].append(np.mean(draws, axis=0)[real])
+        if not sizes:
+            raise ValueError("evaluation: got no validation block, wanted at least one")
+        join = lambda parts: np.concatenate(parts).astype(np.float64)
+        return {name: join(parts) for name, parts in sums.items()}, join(sizes), join(lengths)
 
 
 @functools.cache  # a run that validates every so often compiles once
@@ -134,56 +150,3 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
     none = denoiser.softmask.attach(none, jnp.zeros((*tokens.shape, denoiser.model.width), denoiser.model.dtype))
     _, nll = jax.lax.scan(body, none, jnp.arange(chain))
     return nll.mean(0)
-
-
-def likelihood(
-    objective: Objective,
-    params: Any,
-    batches: Iterable[dict[str, np.ndarray]],
-    token_bytes: np.ndarray,
-    config: EvalConfig,
-    put: Callable[[Any], Any] = lambda x: x,
-) -> dict[str, Estimate]:
-    """Evaluates every estimate on the same blocks and masks.
-
-    Args:
-      objective: gives model, schedule and range of t; its p_sm plays no role.
-      params: `weights` of the config's omega.
-      batches: {'tokens' [B, L], 'valid' [B]}, once through.
-      token_bytes: [V] UTF-8 bytes per token, for bits per byte.
-      config: number of draws, chain, seed.
-      put: places a batch on the devices.
-    """
-    estimators = _estimators(objective, config.chain)
-    sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
-    sizes, lengths = [], []
-    for number, batch in enumerate(batches):
-        real = np.asarray(batch["valid"])
-        tokens = np.asarray(batch["tokens"])[real]
-        # The AR model is given the first token of a block: it is neither predicted nor counted.
-        counted = tokens[:, 1:] if isinstance(objective, NextToken) else tokens
-        sizes.append(token_bytes[counted].sum(1))
-        lengths.append(np.full(len(counted), counted.shape[1]))
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        placed = put(batch)
-        for name, fn in estimators.items():
-            draws = [fetch(fn(params, jax.random.fold_in(key, d), placed)) for d in range(config.draws)]
-            sums[name].append(np.mean(draws, axis=0)[real])
-    if not sizes:
-        raise ValueError("evaluation: got no validation block, wanted at least one")
-    size, length = np.concatenate(sizes).astype(np.float64), np.concatenate(lengths).astype(np.float64)
-    label = "EMA weights" + (", live omega" if config.omega == "live" else "")
-    return {n: _estimate(np.concatenate(v).astype(np.float64), size, length, label) for n, v in sums.items()}
-
-
-def _estimate(nll: np.ndarray, size: np.ndarray, length: np.ndarray, weights: str) -> Estimate:
-    def ratio(denominator: np.ndarray) -> tuple[float, float]:
-        value = nll.sum() / denominator.sum()
-        # Standard error of a ratio of sums (delta method) over independent blocks.
-        residual = nll - value * denominator
-        error = np.sqrt(np.sum(residual**2) / max(1, len(nll) - 1) * len(nll)) / denominator.sum()
-        return float(value), float(1.96 * error)
-
-    nats, nats_interval = ratio(length)
-    bits, bits_interval = ratio(size * np.log(2))
-    return Estimate(nats, nats_interval, bits, bits_interval, int(length.sum()), len(nll), weights)

@@ -15,25 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from smdlm import kernels
-from smdlm.models.layers import (
-    Dropout,
-    Head,
-    KVCache,
-    LayerNorm,
-    Linear,
-    attention,
-    gelu,
-    logical,
-    rotary,
-    uniform_fan_in,
-)
-from smdlm.shard import split_batch
+from smdlm.mesh.traced import split_batch
+from smdlm.models.attention import attention, is_cudnn
+from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
+from smdlm.models.layers import Dropout, LayerNorm, Linear, gelu, logical, rotary, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Sizes and switches. The paper's "small": width 768, depth 12, heads 12, cond 128.
+class DiT(Model):
+    """The model behind the protocol, and its config. The paper's "small": width 768, depth 12, heads 12, cond 128.
 
     Attributes:
       vocab_size: V with the mask id (its last id).
@@ -82,17 +72,78 @@ class DiTConfig:
     def padded_vocab(self) -> int:
         return self.vocab_size + -self.vocab_size % self.vocab_multiple
 
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    tied = False
+
+    def init(self, key: jax.Array) -> Params:
+        # Shapes of parameters do not depend on B or L.
+        return Network(self).init(key, jnp.zeros((1, 2, self.width)))["params"]
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        *,
+        cond: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+        dropout_key: jax.Array | None = None,
+    ) -> Any:
+        network = Network(self, deterministic=dropout_key is None or self.dropout == 0)
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        hidden, cache_out = network.apply({"params": params}, x, cond, positions, mask, cache, start, rngs=rngs)
+        return hidden if cache is None else (hidden, cache_out)
+
+    def table(self, params: Params) -> jax.Array:
+        return params["embed"]
+
+    def head(self, params: Params) -> Head:
+        return Head(params["head"]["kernel"], params["head"]["bias"])
+
+    def cache(self, batch: int, length: int) -> KVCache:
+        return KVCache.zeros(self.depth, batch, length, self.heads, self.head_width, self.dtype)
+
+    def matrices(self) -> dict[str, MatrixAxes | None]:
+        """The products of the blocks; layers, and q, k and v among themselves, are separate matrices.
+
+        adaLN is not among them: its input is one vector, so its gradient has rank one, which orthogonalisation would
+        blow up.
+        """
+        block: dict[str, MatrixAxes | None] = {
+            "qkv/kernel": MatrixAxes((1,), (3, 4)),  # [N, D, 3, H, E]
+            "attention_out/kernel": MatrixAxes((1, 2), (3,)),  # [N, H, E, D]
+            "mlp_in/kernel": MatrixAxes((1,), (2,)),  # [N, D, 4 D]
+            "mlp_out/kernel": MatrixAxes((1,), (2,)),
+            **dict.fromkeys(("norm1/scale", "norm2/scale", "mlp_in/bias", "mlp_out/bias")),
+        }
+        other = ["embed", "final/norm/scale", "head/kernel", "head/bias"]
+        if not self.causal:
+            block |= dict.fromkeys(("adaln/kernel", "adaln/bias"))
+            linear = ("sigma_map/in", "sigma_map/out", "final/adaln")
+            other += [f"{name}/{part}" for name in linear for part in ("kernel", "bias")]
+        return {f"blocks/{name}": axes for name, axes in block.items()} | dict.fromkeys(other)
+
+    def flops(self, length: int) -> float:
+        """q, k, v and the output 4 D^2, the MLP 8 D^2 products per layer, attention 2 L D (half of that if causal)."""
+        attention = 2 * length * self.width * (0.5 if self.causal else 1.0)
+        return 2.0 * self.depth * (12 * self.width**2 + attention)
+
 
 class Block(nn.Module):
     """One layer, in the form that `nn.scan` wants: (x, inputs that are the same for all layers, its cache slice)."""
 
-    config: DiTConfig
+    config: DiT
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cond, positions, mask, cache):
+    def __call__(self, x, cond, positions, mask, start, cache):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        width, head_width = cfg.width, cfg.width // cfg.heads
+        width = cfg.width
         if cfg.causal:
             shift1 = scale1 = shift2 = scale2 = 0.0
             gate1 = gate2 = 1.0
@@ -104,12 +155,12 @@ class Block(nn.Module):
 
         h = LayerNorm(dtype, name="norm1")(x, shift1, scale1)
         names = ("embed", None, "heads", "head")
-        qkv = Linear((3, cfg.heads, head_width), names, dtype, bias=False, name="qkv")(h)
+        qkv = Linear((3, cfg.heads, cfg.head_width), names, dtype, bias=False, name="qkv")(h)
         # `split`, not indexing: its transpose is one concatenation, that of three slices is three padded sums.
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             key, value = cache.keys, cache.values
         h = attention(query, key, value, mask, causal=cfg.causal and cache is None, kernel=cfg.attention)
@@ -126,85 +177,49 @@ class Block(nn.Module):
         return split_batch(x + gate2 * drop(h)), cache
 
 
-class DiT(nn.Module):
+class Network(nn.Module):
     """Embeddings -> hidden states ready for the head. Parameters: embed, sigma_map, blocks (stacked), final, head."""
 
-    config: DiTConfig
+    config: DiT
+    deterministic: bool = True
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        sigma: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        cache: KVCache | None = None,
-        start: jax.Array | int = 0,
-    ) -> Any:
-        """[B, L, D] -> [B, L, D]; with a cache, (hidden, cache) where x are positions start .. start + L - 1.
-
-        Args:
-          x: token embeddings, any float type.
-          sigma: [B] f32 total noise, or None for 0 everywhere (MDLM), which is computed once for the batch.
-          deterministic: False needs an rng named 'dropout'.
-          cache: causal models only.
-          start: position of x[:, 0].
-        """
+    def __call__(self, x, cond=None, positions=None, mask=None, cache=None, start=0):
+        """Arguments as in `Model.apply`; returns (hidden [B, L, D], the filled cache or None)."""
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        # Declared here so that one tree holds the whole model; used through `table` and `head` below.
+        # Declared here so that one tree holds the whole model; used through `DiT.table` and `DiT.head`.
         self.param("embed", logical(uniform_fan_in(cfg.width), "vocab", "embed"), (cfg.padded_vocab, cfg.width))
-        length = x.shape[1]
-        positions = start + jnp.arange(length)
-        cond = None
-        if not cfg.causal:
-            cond = jax.nn.silu(SigmaMap(cfg.cond, dtype, name="sigma_map")(jnp.zeros(1) if sigma is None else sigma))
-        mask = None if cache is None else jnp.arange(cache.keys.shape[2]) <= positions[:, None]
-
+        slots = start + jnp.arange(x.shape[1])
+        if positions is None:
+            positions = slots
+        if mask is None and cache is not None and cfg.causal:
+            mask = (jnp.arange(cache.keys.shape[2]) <= slots[:, None])[None]
+        if cfg.causal:
+            cond = None
+        else:
+            sigma = jnp.zeros(1) if cond is None else cond  # without time conditioning once for the whole batch
+            cond = jax.nn.silu(SigmaMap(cfg.cond, dtype, name="sigma_map")(sigma))
         block = Block
         if cfg.remat == "block":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
         elif cfg.remat == "light":
             saved = jax.checkpoint_policies.save_from_both_policies(
-                jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in"), kernels.is_cudnn
+                jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in"), is_cudnn
             )
             block = nn.remat(Block, prevent_cse=False, policy=saved)
         scan = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=cfg.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        blocks = scan(cfg, deterministic or cfg.dropout == 0, name="blocks")
-        x, cache_out = blocks(split_batch(x.astype(dtype)), cond, positions, mask, cache)
+        blocks = scan(cfg, self.deterministic, name="blocks")
+        x, cache = blocks(split_batch(x.astype(dtype)), cond, positions, mask, start, cache)
         x = Final(cfg, name="final")(x, cond)
         HeadParams(cfg, name="head")()
-        return x if cache is None else (x, cache_out)
-
-    def init_params(self, key: jax.Array) -> Any:
-        """Parameters, boxed with their logical axes (flax `nn.meta`); shapes do not depend on B or L."""
-        return self.init(key, jnp.zeros((1, 2, self.config.width)))["params"]
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        cfg = self.config
-        return KVCache.zeros(cfg.depth, batch, length, cfg.heads, cfg.width // cfg.heads, jnp.dtype(cfg.dtype))
-
-    @staticmethod
-    def table(params: Any) -> jax.Array:
-        """The embedding table [V padded, D]; not tied to the head."""
-        return params["embed"]
-
-    def head(self, params: Any) -> Head:
-        return Head(params["head"]["kernel"], params["head"]["bias"])
-
-    @property
-    def width(self) -> int:
-        return self.config.width
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.config.dtype)
+        return x, cache
 
 
 class SigmaMap(nn.Module):
@@ -225,7 +240,7 @@ class SigmaMap(nn.Module):
 class Final(nn.Module):
     """Final norm and modulation; the head's matrix is applied by the readout."""
 
-    config: DiTConfig
+    config: DiT
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
@@ -240,7 +255,7 @@ class Final(nn.Module):
 class HeadParams(nn.Module):
     """Declares the head's parameters: kernel [D, V] and bias [V], zero at the start as in the reference."""
 
-    config: DiTConfig
+    config: DiT
 
     @nn.compact
     def __call__(self) -> None:

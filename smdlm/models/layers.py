@@ -1,4 +1,4 @@
-"""Building blocks shared by the models. Shapes: B examples, L positions, M keys, H heads, E head width, D width."""
+"""Building blocks shared by the models. Shapes: B examples, L positions, H heads, E head width, D width."""
 
 from __future__ import annotations
 
@@ -6,38 +6,12 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from smdlm import kernels, shard
-
-
-class Head(flax.struct.PyTreeNode):
-    """The output head as plain arrays, which the readout sweeps in chunks: kernel [D, V], bias [V] f32."""
-
-    kernel: jax.Array
-    bias: jax.Array
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] f32: multiplied in the type of hidden, accumulated in f32."""
-        product = jnp.dot(hidden, self.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return product + self.bias
-
-
-class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of all layers: [N layers, B, M, H, E]; position i of M holds what was written there."""
-
-    keys: jax.Array
-    values: jax.Array
-
-    @classmethod
-    def zeros(cls, layers: int, batch: int, length: int, heads: int, width: int, dtype: Any) -> KVCache:
-        shape = (layers, batch, length, heads, width)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+from smdlm.mesh import traced
+from smdlm.ops import cpu
 
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -47,104 +21,21 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
-    """Names the axes of a parameter; partition.py maps names to mesh axes."""
+    """Names the axes of a parameter; mesh/rules.py maps names to mesh axes."""
     return nn.with_logical_partitioning(init, names)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float = 10000.0) -> jax.Array:
-    """Rotary embedding, half-split (i with i + E/2), full head width: [B, L, H, E] at integer positions [L].
+    """Rotary embedding, half-split (i with i + E/2), full head width: [B, L, H, E] at positions [L] or [B, L].
 
     Angles in f32 whatever the type of x: at position 1000 a bf16 angle is off by several radians.
     """
     half = x.shape[-1] // 2
     frequencies = jnp.asarray(base ** (-np.arange(half, dtype=np.float64) / half), jnp.float32)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]  # [(B,) L, 1, E/2]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    causal: bool = False,
-    kernel: str = "auto",
-) -> jax.Array:
-    """Softmax attention, f32 softmax: query [B, L, H, E], key and value [B, M, H, E], mask [L, M] bool or None.
-
-    The one place where a kernel is chosen: 'xla', or with 'auto' by the platform that the program is compiled for. What
-    its backward pass needs is named 'attention' (`checkpoint_name`): rematerialisation that saves this name repeats
-    nothing of it. Libraries' kernels keep no [B, H, L, M]; the compiler can not split them, so each shard of the batch
-    and of the heads runs its own.
-    """
-    where = shard.platform() if kernel == "auto" else kernel
-    if where == "tpu" and kernels.splash_fits(query, key, mask):
-        library = functools.partial(kernels.splash, causal=causal)
-    elif where == "gpu" and kernels.cudnn_fits(query, key, mask):
-        library = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    else:
-        if causal:
-            mask = jnp.tri(query.shape[1], dtype=bool)
-        if where == "cpu":
-            swap = lambda x: jnp.swapaxes(x, 1, 2)
-            return swap(_cpu_attention(swap(query), swap(key), swap(value), mask))
-        query, key, value = checkpoint_name((query, key, value), "attention")
-        out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
-        return checkpoint_name(out, "attention")
-    query, key, value = checkpoint_name((query, key, value), "attention")
-    batch, heads = shard.splits(len(query), *shard.BATCH_AXES), shard.splits(query.shape[2], "tensor")
-    spec = PartitionSpec(batch or None, None, heads or None)
-    return shard.per_shard(library, shard.used(), (spec,) * 3, spec)(query, key, value)
-
-
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _cpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attention in the forms of matrix product that a CPU is good at: [B, H, L, E], key and value [B, H, M, E].
-
-    Scores are scaled through the query, normalised after the product with the values, and formed again from the
-    logsumexp in the backward pass, so that few arrays of the size of the scores pass through memory.
-    """
-    return _cpu_attention_forward(query, key, value, mask)[0]
-
-
-def _cpu_attention_forward(query, key, value, mask):
-    query, key, value = checkpoint_name((query * query.shape[-1] ** -0.5, key, value), "attention")
-    scores = _dot("bhle,bhme->bhlm", query, key)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -1e30)
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    out = (_dot("bhlm,bhme->bhle", weights.astype(value.dtype), value) / total).astype(value.dtype)
-    out, partition = checkpoint_name((out, (top + jnp.log(total))[..., 0]), "attention")
-    return out, (query, key, value, mask, out, partition)
-
-
-def _cpu_attention_backward(residuals, d_out):
-    query, key, value, mask, out, partition = residuals
-    # Weights [M, L], transposed: then no product below contracts the first axis of a large left operand, which is
-    # several times slower on a CPU. The barriers keep XLA from turning the one with key.T back into that form.
-    scores = _dot("bhme,bhle->bhml", key, query)
-    if mask is not None:
-        scores = jnp.where(mask.T, scores, -1e30)
-    weights = jnp.exp(scores - partition[:, :, None])
-    mean = jnp.sum(d_out.astype(jnp.float32) * out, -1)[:, :, None]
-    d_scores = weights * (_dot("bhme,bhle->bhml", value, d_out) - mean)
-    weights, d_scores = weights.astype(value.dtype), d_scores.astype(value.dtype)
-    barrier = jax.lax.optimization_barrier
-    d_query_t = barrier(_dot("bhem,bhml->bhel", barrier(jnp.swapaxes(key, 2, 3)), d_scores))
-    d_query = jnp.swapaxes(d_query_t, 2, 3) * query.shape[-1] ** -0.5
-    d_key, d_value = _dot("bhml,bhle->bhme", d_scores, query), _dot("bhml,bhle->bhme", weights, d_out)
-    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), None
-
-
-_cpu_attention.defvjp(_cpu_attention_forward, _cpu_attention_backward)
 
 
 class Dropout(nn.Module):
@@ -207,30 +98,17 @@ class LayerNorm(nn.Module):
         return _layer_norm(x, weight, shift, self.dtype)
 
 
-@jax.custom_vjp
-def _cpu_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w for CPUs: what is before a product is not fused into it, and the backward pass multiplies by a transposed
-    copy of w; both up to three times as fast as what XLA would do."""
-    return jax.lax.optimization_barrier(x) @ w
-
-
-def _cpu_matmul_backward(residuals, g):
-    x, w = residuals
-    g, w_t = jax.lax.optimization_barrier((g, w.T))
-    return g @ w_t, x.T @ g
-
-
-_cpu_matmul.defvjp(lambda x, w: (_cpu_matmul(x, w), (x, w)), _cpu_matmul_backward)
-
-
 class Linear(nn.Module):
-    """x [..., inputs] -> [..., *features]; kernel stored as [*inputs, *features] in f32, multiplied in dtype.
+    """x [..., *inputs] -> [..., *features]; kernel stored as [*inputs, *features] in f32, multiplied in dtype.
 
-    inputs: how many trailing axes of x are contracted.
+    Attributes:
+      names: logical axes of the kernel; the bias takes those of the features.
+      inputs: how many trailing axes of x are contracted.
+      zero: zero at the start, else torch's default.
     """
 
     features: tuple[int, ...]
-    names: tuple[str | None, ...]  # logical axes of the kernel
+    names: tuple[str | None, ...]
     dtype: Any
     bias: bool = True
     zero: bool = False
@@ -239,16 +117,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-self.inputs :]
-        fan_in = int(np.prod(shape))
-        init = nn.initializers.zeros if self.zero else uniform_fan_in(fan_in)
+        init = nn.initializers.zeros if self.zero else uniform_fan_in(int(np.prod(shape)))
         kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features))
-        x = x.astype(self.dtype)
-        weights = shard.gather(kernel.astype(self.dtype), self.names.index("embed") if "embed" in self.names else None)
-        if shard.platform() == "cpu" and "tensor" not in shard.used():
-            out = _cpu_matmul(x.reshape(-1, fan_in), weights.reshape(fan_in, -1))
-            out = out.reshape(*x.shape[: -self.inputs], *self.features)
-        else:  # not flattened: merged with other axes, heads would no longer be split over a mesh
-            out = jnp.tensordot(x, weights, self.inputs)
+        # Cast before it is gathered: half of the bytes in half precision.
+        split = self.names.index("embed") if "embed" in self.names else None
+        kernel = traced.gather(kernel.astype(self.dtype), split)
+        out = cpu.tensordot(x.astype(self.dtype), kernel, self.inputs)
         if self.bias:
             # Vectors are not split over fsdp: gathering one costs more than it saves.
             names = (None if name == "embed" else name for name in self.names[self.inputs :])

@@ -302,3 +302,17 @@ class FirstHitting(_Counted):
 
     def count(self, left: jax.Array, wanted: jax.Array) -> jax.Array:
         return jnp.maximum(left - wanted, jnp.minimum(left, 1))
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "mdlm": Ancestral,
+    "remdm_cap": Cap,
+    "remdm_rescale": Rescale,
+    "remdm_conf": Confidence,
+    "remdm_loop": Loop,
+    "forward_backward": ForwardBackward,
+    "max_prob": MaxProbability,
+    "margin": Margin,
+    "entropy": Entropy,
+    "first_hitting": FirstHitting,
+}

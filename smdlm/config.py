@@ -1,0 +1,320 @@
+"""The only reader of ConfigDict: config -> frozen dataclasses.
+
+Every section becomes `Foo(**section)`, so that a misspelt or superfluous field is an error and a missing one takes the
+dataclass's documented default. A field that names a class of a table (a policy, a gate, a model, ..) becomes an object
+of that class, whose own fields stand beside it in the same section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import ml_collections
+
+from smdlm.data.config import DataConfig
+from smdlm.diffusion import LogLinear, TimeSampler
+from smdlm.evaluate import EVALUATORS
+from smdlm.evaluate.base import Evaluator, check_omega
+from smdlm.full_softmask import OPERATORS
+from smdlm.mesh.rules import MeshConfig
+from smdlm.models import MODELS, Model
+from smdlm.ops.filters import Filters
+from smdlm.optimizer import OptimizerConfig
+from smdlm.readout import Readout
+from smdlm.sampling.loop import check_fields
+from smdlm.sampling.policies import POLICIES, Policy
+from smdlm.softmask import GATES, MIXERS, Gate, Mixer, SoftMask
+from smdlm.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftMaskConfig:
+    """config.softmask; the fields of gate, mixer and variant (scale, ...) stand beside them.
+
+    Attributes:
+      p_sm: chance of a soft-masked training step; 0 trains a binary model without omega.
+      k: remembered candidates.
+      gate, mixer: of softmask.GATES and MIXERS.
+      variant: of full_softmask.OPERATORS: 'topk', or 'full' (the whole distribution with a learned temperature).
+    """
+
+    gate: Gate
+    mixer: Mixer
+    variant: SoftMask
+    p_sm: float = 0.8
+    k: int = 3
+
+    def __post_init__(self):
+        if not 0 <= self.p_sm <= 1:
+            raise ValueError(f"softmask.p_sm: got {self.p_sm}, wanted 0 <= p_sm <= 1")
+
+    @property
+    def operator(self) -> SoftMask | None:
+        """None for a binary model."""
+        return self.variant if self.p_sm else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """config.sampling: fields of `Sampler` and `Filters`; the fields of the policy (eta, ...) stand beside them.
+
+    Attributes:
+      policy: of sampling.policies.POLICIES.
+      steps: nominal NFE; the causal model always takes data.seq_len - 1.
+      omega: 'ema' samples with the averaged omega, 'live' with the last one beside the averaged backbone, as the
+        reference does (its EMA leaves omega out).
+      count: samples written.
+      prompt: text at the start of each, '' for none.
+    """
+
+    policy: Policy
+    steps: int = 128
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_p_rule: str = "standard"
+    use_feedback: bool = True
+    feedback_source: str = "subs"
+    refresh: str = "always"
+    omega: str = "ema"
+    count: int = 8
+    prompt: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
+        check_fields(self.steps, self.feedback_source, self.refresh)
+        check_omega("sampling.omega", self.omega)
+        Filters(self.temperature, self.top_p, self.top_p_rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """config.eval; the fields of the metrics stand beside them.
+
+    Attributes:
+      metrics: of evaluate.EVALUATORS, several joined by commas.
+      omega: 'ema', or 'live': the last omega beside the averaged backbone (the reference's EMA leaves omega out).
+    """
+
+    metrics: tuple[Evaluator, ...]
+    omega: str = "ema"
+
+    def __post_init__(self):
+        check_omega("eval.omega", self.omega)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModelConfig:
+    """config.model: a name of models.MODELS and the fields of that class."""
+
+    name: Model
+
+
+SECTIONS: dict[str, type] = {
+    "model": _ModelConfig,
+    "data": DataConfig,
+    "noise": LogLinear,
+    "times": TimeSampler,
+    "softmask": SoftMaskConfig,
+    "readout": Readout,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "sampling": SamplingConfig,
+    "eval": EvalConfig,
+    "mesh": MeshConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A field that names a class.
+
+    Attributes:
+      several: names joined by commas, for a tuple of objects.
+      same_names: fields of one name mean the same in all classes, so that a file's value stays for another class.
+    """
+
+    table: Mapping[str, type]
+    default: str
+    several: bool = False
+    same_names: bool = False
+
+
+# In the order in which they are made: a class may ask for the section's own fields and for what was made before it.
+CHOICES: dict[str, dict[str, Choice]] = {
+    "model": {"name": Choice(MODELS, "dit", same_names=True)},
+    "softmask": {
+        "gate": Choice(GATES, "entropy"),
+        "mixer": Choice(MIXERS, "lerp"),
+        "variant": Choice(OPERATORS, "topk"),
+    },
+    "sampling": {"policy": Choice(POLICIES, "mdlm")},
+    "eval": {"metrics": Choice(EVALUATORS, "likelihood", several=True, same_names=True)},
+}
+UNKNOWN_VOCABULARY = 2  # stands in for the size that the tokenizer will tell, so that all else can be checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections as dataclasses.
+
+    vocab_size: of the model, None if the tokenizer is to tell (`model` then has another one).
+    """
+
+    model: Model
+    vocab_size: int | None
+    data: DataConfig
+    noise: LogLinear
+    times: TimeSampler
+    softmask: SoftMaskConfig
+    readout: Readout
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.train.updates(self.softmask.p_sm)
+
+
+def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ()) -> Config:
+    """Validates every field of a config before anything is loaded or compiled.
+
+    given_by_user: names of fields set on the command line. A choice among them (sampling.policy) starts from the
+    defaults of its class: what the file meant for another class is dropped.
+
+    Raises:
+      ValueError: one line; unknown section or field, wrong type, value out of range, impossible combination.
+    """
+    unknown = set(config) - set(SECTIONS)
+    if unknown:
+        raise ValueError(f"config: got section {sorted(unknown)}, wanted {', '.join(SECTIONS)}")
+    given = {name: dict(config[name]) if name in config else {} for name in SECTIONS}
+    if "k" in given["readout"]:
+        raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
+    given["readout"]["k"] = given["softmask"].get("k", SoftMaskConfig.k)
+    vocab_size = given["model"].setdefault("vocab_size", UNKNOWN_VOCABULARY)
+    for section, choices in CHOICES.items():
+        by_user = {name.removeprefix(f"{section}.") for name in given_by_user if name.startswith(f"{section}.")}
+        for field in choices.keys() & by_user:
+            dropped = _meant_for_another(section, field, given[section]) - by_user
+            given[section] = {name: value for name, value in given[section].items() if name not in dropped}
+    sections = {name: _section(name, given[name]) for name in SECTIONS}
+    model = sections.pop("model").name
+    told = "vocab_size" in config.get("model", {})
+    made = Config(model=model, vocab_size=vocab_size if told else None, **sections)
+    _check_combinations(made, given["sampling"])
+    return made
+
+
+def pick(field: str, name: Any, table: Mapping[str, Any]) -> Any:
+    """table[name], or one clear line. No silent else: the reference samples without feedback on an unknown name."""
+    if not isinstance(name, str):
+        raise ValueError(f"config.{field}: got {name!r}, wanted str")
+    if name not in table:
+        raise ValueError(f"{field}: got {name!r}, wanted one of {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def _section(section: str, values: dict[str, Any]) -> Any:
+    """The dataclass of a section, with the objects that its choices name."""
+    cls, choices = SECTIONS[section], CHOICES.get(section, {})
+    classes = {field: _classes(section, field, values) for field in choices}
+    chosen = [c for field in classes for c in classes[field]]
+    own = _own_fields(section, *chosen)
+    common = [f.name for f in dataclasses.fields(cls)]
+    _refuse_unknown(section, values, [*common, *sorted(own)])
+    made = _checked(section, cls, {k: v for k, v in values.items() if k in common and k not in choices}, skip=choices)
+    for field, choice in choices.items():
+        objects = tuple(_object(section, c, values, made) for c in classes[field])
+        made[field] = objects if choice.several else objects[0]
+    return cls(**made)
+
+
+def _classes(section: str, field: str, values: Mapping[str, Any]) -> list[type]:
+    """The classes that a choice names."""
+    choice = CHOICES[section][field]
+    name = values.get(field, choice.default)
+    names = name.split(",") if choice.several and isinstance(name, str) else [name]
+    return [pick(f"{section}.{field}", name, choice.table) for name in names]
+
+
+def _meant_for_another(section: str, field: str, values: Mapping[str, Any]) -> set[str]:
+    """Fields that a file meant for the class it names itself, once the command line names a class."""
+    choice = CHOICES[section][field]
+    kept = _own_fields(section, *_classes(section, field, values)) if choice.same_names else set()
+    return _own_fields(section, *choice.table.values()) - kept
+
+
+def _object(section: str, cls: type, values: dict[str, Any], made: dict[str, Any]) -> Any:
+    """An object of a chosen class: from what was made of the section so far, and from the fields beside it."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    shared = {name: made[name] for name in names if name in made}
+    return cls(**_checked(section, cls, {k: v for k, v in values.items() if k in names and k not in shared}, shared))
+
+
+def _own_fields(section: str, *classes: type) -> set[str]:
+    """Fields of the classes that are no fields of the section itself."""
+    return {f.name for c in classes for f in dataclasses.fields(c)} - {
+        f.name for f in dataclasses.fields(SECTIONS[section])
+    }
+
+
+def _refuse_unknown(section: str, values: Mapping[str, Any], known: Collection[str]) -> None:
+    unknown = sorted(set(values) - set(known))
+    if not unknown:
+        return
+    owners = [
+        f"{field} {name}"
+        for field, choice in CHOICES.get(section, {}).items()
+        for name, cls in choice.table.items()
+        if unknown[0] in _own_fields(section, cls)
+    ]
+    another = f" (a field of {', '.join(owners)})" if owners else ""
+    raise ValueError(
+        f"config.{section}: got unknown field {', '.join(unknown)}{another}, wanted one of {', '.join(known)}"
+    )
+
+
+def _checked(
+    section: str, cls: type, values: dict[str, Any], shared: Mapping[str, Any] | None = None, skip: Collection[str] = ()
+) -> dict[str, Any]:
+    """values with the defaults of the class and `shared`, after a look at their types; `skip` is made elsewhere."""
+    shared = shared or {}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in skip and f.name not in shared}
+    missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
+    if missing:
+        raise ValueError(f"config.{section}: got no {', '.join(missing)}, wanted a value for each")
+    for name, value in values.items():
+        wanted = getattr(fields[name].type, "__name__", fields[name].type)
+        kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[wanted]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"config.{section}.{name}: got {value!r}, wanted {wanted}")
+    return {**{n: f.default for n, f in fields.items()}, **values, **shared}
+
+
+def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
+    """sampling: the section as given, with the policy's name."""
+    if config.model.causal:
+        if config.softmask.p_sm:
+            raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+        defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig)}
+        defaults["policy"] = CHOICES["sampling"]["policy"].default
+        for field in ("policy", "use_feedback", "feedback_source", "refresh"):
+            got = sampling.get(field, defaults[field])
+            if got != defaults[field]:
+                raise ValueError(
+                    f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {defaults[field]!r}: it has no "
+                    "such thing"
+                )
+    if config.data.batch_size % config.train.accumulate:
+        raise ValueError(
+            f"train.accumulate: got {config.train.accumulate} for data.batch_size {config.data.batch_size}, wanted a "
+            "divisor"
+        )

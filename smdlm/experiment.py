@@ -1,0 +1,265 @@
+"""What one does with an experiment: train, evaluate, sample, restore. The same for programs, notebooks and tests.
+
+WORKDIR/checkpoints/      see io/checkpoint.py
+WORKDIR/metrics.jsonl ..  see io/writer.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from smdlm.build import Experiment
+from smdlm.evaluate.base import Subject, Value, weights
+from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.writer import Writer
+from smdlm.mesh.arrays import fetch
+from smdlm.mesh.rules import replicated
+from smdlm.optimizer import TrainState, init_state
+from smdlm.train import Training, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Filled canvases.
+
+    Attributes:
+      texts: with the prompts in them. ids: [B, L] i32.
+      forwards: passes really run (the nominal NFE is sampling.steps).
+    """
+
+    texts: list[str]
+    ids: np.ndarray
+    forwards: int
+
+
+def checkpointer_of(workdir: Path, keep: int = 1) -> Checkpointer:
+    return Checkpointer(workdir / "checkpoints", keep=keep)
+
+
+# ---------------------------------------------------------------------------------------------- evaluating, sampling
+
+
+def evaluate(experiment: Experiment, params: Any) -> dict[str, Value]:
+    """Every metric of config.eval for params (`restore` with eval.omega)."""
+    config = experiment.config.eval
+    subject = Subject(
+        objective=experiment.objective,
+        params=params,
+        weights=described_weights(config.omega),
+        token_bytes=experiment.vocabulary.token_bytes,
+        batches=experiment.eval_batches,
+        place=experiment.place,
+    )
+    return {name: value for metric in config.metrics for name, value in metric.run(subject).items()}
+
+
+def described_weights(omega: str) -> str:
+    return "EMA weights" + (", live omega" if omega == "live" else "")
+
+
+def sample(experiment: Experiment, params: Any) -> Sampled:
+    """sampling.count texts; the prompt, if any, stands at the start of every canvas and never changes."""
+    config, tokenizer = experiment.config.sampling, experiment.vocabulary
+    prompt = tokenizer.encode(config.prompt) if config.prompt else np.zeros(0, np.int32)
+    length = experiment.config.data.seq_len
+    if len(prompt) >= length:
+        raise ValueError(f"sampling.prompt: got {len(prompt)} tokens, wanted fewer than data.seq_len = {length}")
+    canvas = np.full((config.count, length), experiment.denoiser.mask_id, np.int32)
+    canvas[:, : len(prompt)] = prompt
+    return fill(experiment, params, canvas, config.seed)
+
+
+def fill(experiment: Experiment, params: Any, canvas: np.ndarray, seed: int) -> Sampled:
+    """Fills the masks of a canvas [B, L] i32 with the experiment's sampler."""
+    samples = experiment.sampler(params, jax.random.key(seed), experiment.place(canvas))
+    ids = fetch(samples.tokens)
+    return Sampled([experiment.vocabulary.decode(row) for row in ids], ids, int(samples.forwards))
+
+
+def sample_records(experiment: Experiment, sampled: Sampled) -> list[dict[str, Any]]:
+    """What is kept of each sample: text, token ids, seed (with the sample's number in its batch) and settings."""
+    config = experiment.config.sampling
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings["policy"] = {"name": type(config.policy).__name__, **dataclasses.asdict(config.policy)}
+    shared = {"seed": settings.pop("seed"), "forwards": sampled.forwards, "settings": settings}
+    return [
+        {"text": text, "ids": ids.tolist(), "number": i, **shared}
+        for i, (text, ids) in enumerate(zip(sampled.texts, sampled.ids, strict=True))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- restoring
+
+
+def restore(experiment: Experiment, checkpointer: Checkpointer, omega: str) -> tuple[Any, int]:
+    """(weights for evaluation or sampling, step). Raises ValueError if they are of another size or vocabulary."""
+    abstract, _ = experiment.abstract_params()
+    ema, meta = checkpointer.restore_params(abstract, "ema")
+    check_vocabulary(experiment, meta)
+    params = checkpointer.restore_params(abstract, "params", meta["step"])[0] if omega == "live" else None
+    return weights(ema, params, omega), meta["step"]
+
+
+def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
+    """ValueError if a checkpoint's ids mean other tokens: tables of equal padded size hide that."""
+    tokenizer = experiment.vocabulary
+    mine = {"model.vocab_size": experiment.denoiser.vocab_size, "mask_id": tokenizer.mask_id}
+    theirs = {"model.vocab_size": meta.get("model", {}).get("vocab_size"), "mask_id": meta.get("mask_id")}
+    mine["tokenizer"], theirs["tokenizer"] = tokenizer.fingerprint, meta.get("tokenizer")
+    wrong = [name for name, value in theirs.items() if value not in (None, mine[name])]
+    if wrong:
+        raise ValueError(
+            f"checkpoint: got {', '.join(f'{n} {theirs[n]}' for n in wrong)}, wanted "
+            f"{', '.join(f'{n} {mine[n]}' for n in wrong)} (data.tokenizer {tokenizer.name!r}): "
+            "use the tokenizer it was trained with"
+        )
+
+
+def init_source(workdir: str) -> Checkpointer:
+    """The checkpoints that train.init_from names. FileNotFoundError where there are none."""
+    source = checkpointer_of(Path(workdir))
+    if source.latest_step() is None:
+        raise FileNotFoundError(
+            f"train.init_from: got no checkpoint in {source.directory}, wanted a workdir that holds one: train it, or "
+            f"python -m smdlm.convert import mdlm FILE {workdir}"
+        )
+    return source
+
+
+def continue_from(experiment: Experiment, source: Checkpointer) -> tuple[TrainState, str]:
+    """(fresh state with the raw weights of another run, a line that says what was loaded and where omega is from).
+
+    omega is newly initialised if the checkpoint has none of its own (it is binary, or a conversion made one up), and
+    left out if this model has none. The EMA starts at the loaded weights: the reference builds its EMA before it loads
+    them, from a random start, which the warm-up forgets within a few dozen updates (weight 10! / n^9).
+
+    Raises:
+      CheckpointMismatch: other sizes, every differing leaf listed. ValueError: another vocabulary.
+    """
+    abstract, _ = experiment.abstract_params()
+    saved, meta = source.shapes("params")
+    made_up = meta.get("convert", {}).get("new", [])
+    omega = saved.get("softmask", {})
+    keep = bool(abstract["softmask"]) and any(f"softmask/{name}" not in made_up for name in omega)
+    if not keep:
+        everywhere = replicated(experiment.mesh)
+        whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        abstract = {**abstract, "softmask": jax.tree.map(whole, omega)}
+    params, _ = source.restore_params(abstract, "params", meta["step"])
+    check_vocabulary(experiment, meta)
+    if not keep:
+        operator = experiment.denoiser.softmask
+        params["softmask"] = operator.init() if operator else {}
+    names = ", ".join(f"softmask/{name}" for name in sorted(params["softmask"]))
+    origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
+    fresh = jax.jit(lambda p: init_state(p, experiment.optimizer), out_shardings=experiment.shardings())
+    return fresh(params), f"starting from step {meta['step']} of {source.directory}, raw weights; omega {origin}"
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains to the end from where the workdir stands, evaluates, samples, and writes all files: the summary.
+
+    meta: of the checkpoints. On all processes but the first nothing is written, and the summary is as good.
+    """
+    config, begin = experiment.config, time.time()
+    state, data, before = _start(experiment, checkpointer)
+    chief = jax.process_index() == 0
+    if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
+        (workdir / "summary.json").unlink(missing_ok=True)
+    writer = Writer(workdir, total_steps=config.updates, enabled=chief, start_step=data["next_index"])
+    seconds = lambda: before + time.time() - begin
+
+    def evaluate_state(state: TrainState) -> dict[str, Value]:
+        return evaluate(experiment, weights(state.ema, state.params, config.eval.omega))
+
+    training = Training(
+        config=config.train,
+        steps=config.updates,
+        step_fn=experiment.train_step(),
+        batches=experiment.train_batches(data["next_index"]),
+        put=experiment.put,
+        tokens_per_batch=config.data.batch_size * config.data.seq_len,
+        checkpointer=checkpointer,
+        writer=writer,
+        meta=lambda: {**meta, "wall_s": seconds()},
+        evaluate=evaluate_state,
+    )
+    state, tokens_per_s = run(state, training, data.get("pending", []))
+    values = evaluate_state(state)
+    writer.values(config.updates, values)
+    sampled = sample(experiment, weights(state.ema, state.params, config.sampling.omega))
+    writer.samples(f"step_{config.updates:08d}", sample_records(experiment, sampled))
+    gate = experiment.denoiser.softmask.gate if experiment.denoiser.softmask else None
+    writer.curves(values, gate.labels if gate else {})
+    checkpointer.wait()
+    readable = experiment.denoiser.omega(state.params)
+    summary = {
+        "steps": config.updates,
+        "wall_s": seconds(),
+        "tokens_per_s": tokens_per_s or None,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "omega": {gate.labels[name]: float(value) for name, value in readable.items()},
+        "evaluated": f"validation, fixed masks, {described_weights(config.eval.omega)}",
+        **{f"val_{name}": value.mean for name, value in values.items()},
+        "values": {name: dataclasses.asdict(value) for name, value in values.items()},
+        "forwards_per_sample": sampled.forwards,
+        "samples": sampled.texts[:3],
+    }
+    writer.summary(summary)
+    writer.close()
+    return summary
+
+
+def _start(experiment: Experiment, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any], float]:
+    """(state, what the checkpoint says of the data, seconds spent before): resumed, continued from another, or new."""
+    if checkpointer.latest_step() is not None:
+        state, data, meta = checkpointer.restore(experiment.abstract_state())
+        check_vocabulary(experiment, meta)
+        logging.info("continuing at step %d", data["next_index"])
+        return state, data, meta.get("wall_s", 0.0)
+    data = {"next_index": 0}
+    if experiment.config.train.init_from:
+        state, line = continue_from(experiment, init_source(experiment.config.train.init_from))
+        if jax.process_index() == 0:
+            print(line)
+        return state, data, 0.0
+    return experiment.init_state(), data, 0.0
+
+
+def finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that is complete, else None."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    # Without "values" it was written by a program that knew one metric only: the end is done again.
+    complete = summary.get("steps") == steps and checkpointer.latest_step() == steps
+    return summary if complete and "values" in summary else None
+
+
+def check_same_config(workdir: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """ValueError if a finished run answers another question: it differs in a field that shapes training."""
+    free = {"log_every", "save_every", "eval_every", "keep"}
+    different = [
+        f"{section}.{field}"
+        for section in ("model", "data", "noise", "times", "softmask", "optimizer", "train")
+        for field in sorted({*saved.get(section, {}), *asked.get(section, {})} - free)
+        if saved.get(section, {}).get(field) != asked.get(section, {}).get(field)
+    ]
+    if different:
+        raise ValueError(
+            f"{workdir}: got a finished run with another {', '.join(different)}, wanted the same: name another "
+            "--workdir, or --overwrite"
+        )

@@ -1,0 +1,40 @@
+"""Files written whole or not at all, their hash, and errors told in one line: once each for the package. No jax."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write(path: str | os.PathLike, content: bytes | str) -> None:
+    """Writes a file whole or not at all, under a temporary name that is renamed; makes its folder. OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # not the pid: two hosts may share the folder
+    try:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """The same for a value as indented JSON with a newline at its end; NaN and inf are refused (ValueError)."""
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Kind and text of an error on one line; of a long one the beginning and the end, where libraries put the cause."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= most else f"{text[: most // 3]} ... {text[-2 * most // 3 :]}"

@@ -1,0 +1,123 @@
+"""What everything else may ask of a model, and what models hand out. A new model is one class in one file.
+
+A model maps embeddings to hidden states and knows nothing of masks, noise or sampling. Those who train it, sample from
+it or compile it know this protocol and no model.
+
+Shapes: B examples, L positions, M positions that can be attended to, D width, V vocabulary, G key heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a nested dict of arrays
+
+
+class Head(flax.struct.PyTreeNode):
+    """The output head as plain arrays, which the readout sweeps in chunks: matrix [D, V], bias [V] f32."""
+
+    matrix: jax.Array
+    bias: jax.Array
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] f32: multiplied in the type of hidden, accumulated in f32."""
+        product = jnp.dot(hidden, self.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return product + self.bias
+
+
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of all layers: [N layers, B, M, G, E]; slot i of M holds what was written there."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def zeros(cls, layers: int, batch: int, length: int, heads: int, width: int, dtype: Any) -> KVCache:
+        shape = (layers, batch, length, heads, width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class MatrixAxes(NamedTuple):
+    """Which axes of a parameter are the input and the output of a linear map; all others number separate matrices."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class Model(Protocol):
+    """A frozen dataclass; its fields are the fields of config.model, checked in `__post_init__`.
+
+    Attributes:
+      vocab_size: V with the mask id, without padding.
+      width: D.
+      causal: position i sees positions <= i and predicts token i + 1 (AR); otherwise it predicts token i.
+      tied: `table` and `head` are the same parameter.
+      dtype: 'float32' or 'bfloat16', of the computation; parameters are f32.
+      remat: 'none', 'light' or 'block', what the backward pass computes again; attention: 'auto' or 'xla'. Neither
+        changes a result.
+    """
+
+    vocab_size: int
+    width: int
+    causal: bool
+    tied: bool
+    dtype: str
+    remat: str
+    attention: str
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters f32, boxed with their logical axes (`layers.logical`; mesh.rules.RULES has the names)."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        *,
+        cond: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+        dropout_key: jax.Array | None = None,
+    ) -> Any:
+        """Embeddings x [B, L, D] -> hidden states [B, L, D] in `dtype`, ready for the head; with a cache also that.
+
+        Args:
+          params: as from `init`, unboxed.
+          cond: [B] f32 sigma of the noise, or None (no time conditioning).
+          positions: [L] or [B, L] i32 for the position embedding; start .. start + L - 1 by default.
+          mask: [B or 1, L, M] bool, what each position may attend to: padding, or anything else. By default all, or
+            for a causal model what is not after it.
+          cache: keys and values of M slots, of which start .. start + L - 1 are written by this call.
+          dropout_key: None turns dropout off.
+        """
+        ...
+
+    def table(self, params: Params) -> jax.Array:
+        """The embedding table [V padded, D]."""
+        ...
+
+    def head(self, params: Params) -> Head:
+        """The output head, V padded like the table."""
+        ...
+
+    def cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` slots."""
+        ...
+
+    def matrices(self) -> Mapping[str, MatrixAxes | None]:
+        """{path of a parameter, joined by '/'}: axes, where an optimizer may orthogonalise it (Muon), None elsewhere.
+
+        Every parameter must be listed: the optimizer refuses one that is not.
+        """
+        ...
+
+    def flops(self, length: int) -> float:
+        """FLOPs of matrix products per token of one forward over `length` positions, without the head."""
+        ...

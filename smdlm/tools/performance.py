@@ -1,0 +1,195 @@
+"""Writes docs/performance.md, which says how fast and how large things are: python -m smdlm.tools.performance
+
+CPU speed (smdlm.tools.bench), meshes of forced devices, and programs for accelerators whose compilers are installed.
+Rows are kept in docs/performance.json as they are measured; what is there is not measured again. Delete the file, or
+some of its rows, to measure anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts: the tables are of a CPU, whatever else this machine has
+
+import jax
+import numpy as np
+
+from smdlm.mesh.rules import MeshConfig
+from smdlm.tools.bench import COLUMNS, SIZES, measured, training
+
+DOCS = Path("docs")
+MESHES = ((1, 1, 1), (2, 1, 1), (8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2))
+STEPS = 5
+# (what, config, topology, examples per chip, further flags): plain against ours first, then every size everywhere.
+PLAIN = ("--plain",)
+NONE, BLOCK = ("--config.model.remat=none",), ("--config.model.remat=block",)
+PROGRAMS = (
+    *(("plain", "owt", chips, batch, PLAIN) for chips, batch in (("v5e:4x4", 8), ("h100:8", 32), ("v5p:2x2x4", 8))),
+    *(("no remat", "owt", chips, batch, NONE) for chips, batch in (("v5e:4x4", 8), ("h100:8", 32), ("v5p:2x2x4", 8))),
+    ("remat block", "owt", "v5e:4x4", 32, BLOCK),
+    *(
+        ("as configured", config, chips, 8, ())
+        for chips in ("v5e:4x4", "h100:8", "v6e:4x4", "v5p:2x2x4")
+        for config in ("owt_1b7", "owt_medium", "owt")
+    ),
+)
+
+
+def mesh_row(sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Losses of a few soft-masked steps on the first devices, and seconds until the first (mostly compilation)."""
+    mesh = MeshConfig(*sizes).make(jax.devices()[: int(np.prod(sizes))])
+    begin = time.perf_counter()
+    make, state, batch = training(SIZES["tiny"], mesh)
+    step, losses, seconds = make(1.0), [], 0.0
+    with jax.set_mesh(mesh):
+        for _ in range(STEPS):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["train/loss"]))
+            seconds = seconds or time.perf_counter() - begin
+    return {"mesh": list(sizes), "losses": losses, "first_step_s": seconds}
+
+
+def _child(*code: str) -> Any:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", *code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _mesh(sizes: tuple[int, int, int]) -> dict[str, Any]:
+    return _child(f"import json; from smdlm.tools.performance import mesh_row; print(json.dumps(mesh_row({sizes})))")
+
+
+def _compiler(topology: str) -> bool:
+    return importlib.util.find_spec("jax_cuda13_plugin" if topology.startswith("h100") else "libtpu") is not None
+
+
+def _program(what: str, config: str, topology: str, batch: int, flags: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """Rows of `python -m smdlm.tools.aot`, None without the compiler."""
+    if not _compiler(topology):
+        return None
+    chips = int(np.prod([int(n) for n in topology.partition(":")[2].split("x")]))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "smdlm.tools.aot", f"--config=configs/{config}.py", f"--topology={topology}"]
+        command += [f"--config.data.batch_size={batch * chips}", f"--json={file}", *flags]
+        if (what, config) != ("as configured", "owt"):
+            command.append("--program=train")
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        return json.loads(file.read_text())
+
+
+def write() -> None:
+    """Measures what docs/performance.json lacks, then writes docs/performance.md."""
+    DOCS.mkdir(exist_ok=True)
+    file = DOCS / "performance.json"
+    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def get(name: str, measure: Callable[[], Any]) -> Any:
+        if name not in rows and (row := measure()) is not None:
+            rows[name] = row
+            file.write_text(json.dumps(rows, indent=1) + "\n")
+            print(name, flush=True)
+        return rows.get(name)
+
+    try:
+        for name in SIZES:
+            get(f"cpu {name}", lambda name=name: measured(name))
+        for m in MESHES:
+            get(f"mesh {m}", lambda m=m: _mesh(m))
+        for p in PROGRAMS:
+            get(_name(p), lambda p=p: _program(*p))
+    finally:  # interrupted, the page shows what there is
+        (DOCS / "performance.md").write_text(render(rows))
+
+
+def _name(program: tuple[Any, ...]) -> str:
+    return f"aot {' '.join(map(str, program[:4]))}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [list(head), ["---"] * len(list(head)), *(list(map(str, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _head_bytes(parts: list[dict[str, Any]]) -> float:
+    """HBM bytes of the head with its loss and feedback, in our form or in the plain one."""
+    return sum(part["hbm_bytes"] for part in parts if part["part"] in ("readout", "tools/aot/plain"))
+
+
+def render(rows: dict[str, Any]) -> str:
+    """The page, from the rows by name."""
+    sizes = [(name, row) for name in SIZES if (row := rows.get(f"cpu {name}"))]
+    meshes = [row for m in MESHES if (row := rows.get(f"mesh {m}"))]
+    one = np.array(meshes[0]["losses"]) if meshes else None
+    mesh_rows = [
+        (*m["mesh"], f"{np.max(np.abs(np.array(m['losses']) / one - 1)):.1e}", f"{m['first_step_s']:.1f}")
+        for m in meshes
+    ]
+    number = lambda value, form: "-" if value is None else format(value, form)
+    program_rows = [
+        (
+            *(config, what, row["program"], topology, f"{row['batch_per_chip']:g}"),
+            *(f"{row[name]:.2f}" for name in ("arguments_gib", "temp_gib", "peak_gib", "hbm_limit_gib")),
+            "yes" if row["fits"] else "no",
+            number(row["flops_per_chip"] and row["flops_per_chip"] / 1e12, ".2f"),
+            number(row["hbm_bytes_per_chip"] and row["hbm_bytes_per_chip"] / 1e9, ".1f"),
+            number(row["parts"] and _head_bytes(row["parts"]) / 1e9, ".2f"),
+            *(number(row[name], form) for name, form in (("step_ms_roofline", ".1f"), ("tokens_per_s", ",.0f"))),
+            number(row["mfu"], ".0%"),
+            f"{row['compile_s']:.0f}",
+        )
+        for program in PROGRAMS
+        for what, config, topology in [program[:3]]
+        for row in rows.get(_name(program), ())
+    ]
+    missing = sorted({p[2].partition(":")[0] for p in PROGRAMS if _name(p) not in rows and not _compiler(p[2])})
+    hints = {"h100": "`pip install -e '.[cuda]'`"}
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python -m smdlm.tools.performance` from `performance.json`; delete that file to measure anew.",
+        "",
+        "## On a CPU",
+        "",
+        "Medians of interleaved runs in ms. On a shared machine only the ratios mean something: a soft-masked step",
+        "over a binary one, and a sampler's step over a bare forward pass with all logits.",
+        "",
+        _table(("size", *COLUMNS), [(n, *(f"{row[c]:.2f}" for c in COLUMNS)) for n, row in sizes]),
+        "## Meshes",
+        "",
+        f"The tiny model on devices forced out of one CPU: the largest relative difference of the losses of {STEPS}",
+        "soft-masked steps from those of one device, and the seconds to the end of the first step (compilation). This",
+        "shows that meshes are correct and compile; it says nothing about speed on real devices.",
+        "",
+        _table(("data", "fsdp", "tensor", "loss difference", "first step, s"), mesh_rows),
+        "## On accelerators that were not there",
+        "",
+        "From the compilers of the accelerators (`python -m smdlm.tools.aot`), per chip; HBM in GiB, of which the peak",
+        "may be less than arguments and temporaries together: the memory of a donated argument is used again. TFLOP",
+        "and time count loops as often as they run, half of the tokens masked, a step with feedback. GB are what",
+        "goes through HBM, of which `head` for logits, loss and feedback; of a sampler, for all of its steps. The",
+        "time is a roofline, a lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no",
+        "remat. The CUDA compiler offers no cost analysis.",
+        "",
+    ]
+    head = ("config", "form", "program", "chips", "batch per chip", "arguments", "temporaries", "peak", "limit", "fits")
+    if program_rows:
+        work = ("TFLOP", "HBM, GB", "head, GB", "ms per step", "tokens/s", "MFU", "compile, s")
+        lines.append(_table((*head, *work), program_rows))
+    for chip in missing:
+        hint = hints.get(chip, "`pip install -e '.[aot]'`")
+        lines += [f"Not measured for {chip}: its compiler is missing ({hint}).", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    write()

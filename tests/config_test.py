@@ -1,0 +1,338 @@
+"""Configs: every field reaches what is built and changes it, every mistake is one clear line."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from smdlm.build import build
+from smdlm.config import SECTIONS, read
+from smdlm.full_softmask import FullSoftMask
+from smdlm.models.dit import DiT
+from smdlm.sampling.ar import ARSampler
+from smdlm.sampling.loop import Sampler
+from smdlm.softmask import ConstantGate, EntropyGate, NormLerp, Slerp, SoftMask
+
+ROOT = Path(__file__).parents[1]
+CLASSES = {**SECTIONS, "model": DiT}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        (folder / f"{i:02d}.txt").write_text(f"line {i} of a small corpus " * 5, "utf-8")
+    return f"text:{folder}/*.txt"
+
+
+def make_config(source="text:*.txt", **changes):
+    """A micro config; `softmask__k=1` sets config.softmask.k."""
+    config = ml_collections.ConfigDict()
+    config.model = dict(width=16, depth=1, heads=2, cond=8, dropout=0.0, vocab_multiple=1)
+    config.data = dict(source=source, tokenizer="bytes", seq_len=16, batch_size=4)
+    config.softmask = dict(p_sm=0.8, scale=0.5)
+    config.optimizer = dict(name="muon", warmup=0, decay="linear", final_lr=0.1)
+    config.train = dict(steps=10, log_every=2, save_every=4)
+    config.sampling = dict(steps=4, top_p=0.9)
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if section not in config:
+            config[section] = {}
+        config[section][field] = value
+    return config
+
+
+def built(corpus, tmp_path, **changes):
+    return build(read(make_config(corpus, **changes)), tmp_path)
+
+
+def one_line(config):
+    """The message of the one ValueError with which `read` refuses a config."""
+    with pytest.raises(ValueError) as error:
+        read(config)
+    message = str(error.value)
+    assert "\n" not in message and "got" in message and "wanted" in message, message
+    return message
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("section", CLASSES)
+def test_misspelt_fields_are_refused(section):
+    message = one_line(make_config(**{f"{section}__stepz": 3}))
+    assert section in message and "stepz" in message
+    fields = [f.name for f in dataclasses.fields(CLASSES[section])]
+    assert all(name in message for name in fields)  # what could have been meant
+
+
+def test_misspelt_sections_are_refused():
+    assert "optimiser" in one_line(make_config(optimiser__lr=1.0))
+
+
+def all_fields():
+    return [
+        (s, f.name, getattr(f.type, "__name__", f.type)) for s, cls in CLASSES.items() for f in dataclasses.fields(cls)
+    ]
+
+
+@pytest.mark.parametrize("section, field, kind", all_fields())
+def test_a_wrong_type_is_refused(section, field, kind):
+    wrong = {"int": [1.5, "1", True, None], "float": ["1", True], "str": [3, None], "bool": [1, "yes"]}[kind]
+    if (section, field) == ("readout", "k"):
+        return  # given by softmask.k alone, see below
+    for value in wrong:
+        config = make_config()
+        sections = {name: dict(config[name]) for name in config}
+        sections.setdefault(section, {})[field] = value
+        message = one_line(sections)
+        assert field in message and repr(value) in message and kind in message
+
+
+OUT_OF_RANGE = {
+    **{f"model__{name}": 0 for name in ("width", "depth", "heads", "cond", "vocab_size", "vocab_multiple")},
+    **{
+        "model__dropout": 1.0,
+        "model__dtype": "fp8",
+        "model__remat": "some",
+        "model__attention": "flash",
+        "noise__eps": 1.0,
+    },
+    **{"data__source": "web:x", "data__tokenizer": "words", "data__seq_len": 1, "data__batch_size": 0},
+    **{"data__framing": "lines", "data__val_fraction": 1.5, "data__val_documents": -1, "data__field": ""},
+    **{"data__seed": -1, "data__train_split": ""},
+    **{"times__kind": "sobol", "times__t_min": 0.0, "times__t_max": 1.5},
+    **{"softmask__p_sm": 1.5, "softmask__variant": "dense", "softmask__k": 0, "softmask__gate": "open"},
+    **{"softmask__mixer": "mean", "softmask__scale": 2.0, "softmask__centre": 1.0, "softmask__steepness": -1.0},
+    **{"readout__chunk": 0, "optimizer__name": "sgd", "optimizer__lr": -1.0, "optimizer__decay": "exp"},
+    **{"train__steps": 0, "train__accumulate": 3, "train__update_budget": "half", "train__save_every": 3},
+    **{"train__eval_every": 3, "train__log_every": 0, "train__keep": 0},
+    **{"sampling__policy": "best", "sampling__temperature": -1.0, "sampling__top_p": 0.0, "sampling__count": 0},
+    **{"sampling__omega": "raw", "eval__omega": "new", "sampling__steps": 0, "sampling__refresh": "never"},
+    **{"sampling__feedback_source": "all"},
+    **{"sampling__top_p_rule": "hf", "eval__blocks": 0, "eval__batch_size": 0, "eval__draws": 0, "eval__chain": -1},
+    **{"mesh__data": 0, "mesh__fsdp": -2, "mesh__tensor": 0},
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused(name):
+    value = OUT_OF_RANGE[name]
+    message = one_line(make_config(**{name: value}))
+    assert str(value) in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__causal": True},  # with p_sm .8
+        {"model__causal": 1},
+        {"model__width": 15},
+        {"model__heads": 3},
+        {"train__accumulate": 8},
+        {"readout__k": 2},
+        {"softmask__variant": "full", "softmask__temperature": 0.0},
+        {"mesh__data": -1, "mesh__fsdp": -1},
+    ],
+)
+def test_impossible_combinations_are_refused(changes):
+    one_line(make_config(**changes))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling__steps": 0},
+        {"sampling__refresh": "never"},
+        {"sampling__feedback_source": "all"},
+        {"sampling__policy": "best"},
+        {"sampling__eta": 0.1},  # not a parameter of mdlm
+        {"sampling__policy": "remdm_cap", "sampling__eta": 2.0},
+        {"sampling__policy": "entropy", "sampling__order_temperature": -1.0},
+        {"sampling__policy": "remdm_loop", "sampling__eta": "much"},
+    ],
+)
+def test_sampler_fields_are_refused_before_data_is_read(changes, causal):
+    message = one_line(make_config(**changes, **({"model__causal": True, "softmask__p_sm": 0.0} if causal else {})))
+    assert list(changes)[-1].removeprefix("sampling__") in message
+
+
+def test_the_causal_model_refuses_what_it_would_ignore():
+    for field, value in {"policy": "entropy", "refresh": "on_change", "use_feedback": False}.items():
+        changes = {"model__causal": True, "softmask__p_sm": 0.0, f"sampling__{field}": value}
+        assert f"sampling.{field}: got {value!r} for the causal" in one_line(make_config(**changes))
+
+
+def parameters():
+    """(policy, field) of every policy."""
+    return [(name, f.name) for name, cls in POLICIES.items() for f in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize("name, field", parameters())
+def test_parameters_of_policies_are_config_fields(name, field):
+    """They reach the policy beside its other defaults; a policy without that field refuses it by name."""
+    value = getattr(POLICIES[name](), field) + 0.01
+    got = read(make_config(sampling__policy=name, **{f"sampling__{field}": value})).policy
+    assert got == dataclasses.replace(POLICIES[name](), **{field: value})
+    for other, cls in POLICIES.items():
+        if field not in {f.name for f in dataclasses.fields(cls)}:
+            message = one_line(make_config(sampling__policy=other, **{f"sampling__{field}": value}))
+            assert f"got {field} (a field of policy" in message and name in message and repr(other) in message
+
+
+def test_missing_fields_are_named():
+    config = make_config()
+    del config.data["tokenizer"]
+    assert "tokenizer" in one_line(config)
+    config = make_config()
+    del config["data"]
+    assert "source" in one_line(config)
+
+
+def test_devices_and_vocabulary_must_fit(corpus, tmp_path):
+    with pytest.raises(ValueError, match="mesh: got .*, wanted"):
+        built(corpus, tmp_path, mesh__data=7)
+    with pytest.raises(ValueError, match="model.vocab_size: got 100, wanted at least 258"):
+        built(corpus, tmp_path, model__vocab_size=100)
+
+
+# What is built
+
+
+def test_defaults_are_the_papers():
+    config = make_config()
+    for section in ("softmask", "optimizer", "train"):
+        del config[section]
+    config.train = dict(steps=1000)
+    got = read(config)
+    assert (got.softmask.p_sm, got.softmask.k, got.optimizer.lr, got.optimizer.lr_softmask) == (0.8, 3, 3e-4, 1e-2)
+    assert (got.optimizer.warmup, got.optimizer.ema_decay, got.optimizer.clip) == (2500, 0.9999, 1.0)
+    assert got.readout.k == 3
+
+
+def test_softmask_parts():
+    make = lambda **changes: read(make_config(**{f"softmask__{k}": v for k, v in changes.items()})).softmask.make()
+    assert make() == SoftMask(k=3, gate=EntropyGate(scale=0.5))
+    assert make(p_sm=0.0) is None
+    assert make(k=1, mixer="slerp") == SoftMask(k=1, gate=EntropyGate(scale=0.5), mixer=Slerp())
+    assert make(gate="constant", mixer="norm_lerp") == SoftMask(k=3, gate=ConstantGate(0.5), mixer=NormLerp())
+    wanted = FullSoftMask(k=3, gate=EntropyGate(0.5, -1.0, 3.0), temperature=2.0)
+    assert make(variant="full", temperature=2.0, centre=-1.0, steepness=3.0) == wanted
+
+
+def fingerprint(experiment):
+    """What the compiled programs and the start of a run depend on, without compiling anything."""
+    state = jax.eval_shape(experiment.init_state)
+    batch = {"tokens": np.zeros((experiment.config.data.batch_size, experiment.config.data.seq_len), np.int32)}
+    batch["valid"] = np.ones(len(batch["tokens"]), bool)
+    softmask = experiment.denoiser.softmask
+    omega = {k: float(v) for k, v in softmask.init().items()} if softmask else {}
+    step = jax.make_jaxpr(experiment.train_step())(state, batch)
+    return str(step), [np.asarray(c).tolist() for c in step.consts], omega
+
+
+REACH_THE_STEP = {
+    **{"model__width": 32, "model__depth": 2, "model__heads": 4, "model__cond": 4, "model__dropout": 0.1},
+    **{
+        "model__dtype": "bfloat16",
+        "model__remat": "block",
+        "model__attention": "xla",
+        "model__vocab_multiple": 128,
+        "model__vocab_size": 300,
+    },
+    **{"noise__eps": 0.1, "times__kind": "iid", "times__t_min": 0.2, "times__t_max": 0.7},
+    **{"softmask__p_sm": 0.3, "softmask__variant": "full", "softmask__k": 2, "softmask__gate": "constant"},
+    **{"softmask__mixer": "slerp", "softmask__scale": 0.2, "softmask__centre": -1.0, "softmask__steepness": 1.0},
+    **{"readout__chunk": 7, "train__accumulate": 2, "train__seed": 1, "train__steps": 12},
+    **{"train__update_budget": "iso_compute", "data__seq_len": 12, "data__batch_size": 8},
+    **{"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__muon_lr": 0.1, "optimizer__lr_softmask": 0.1},
+    **{"optimizer__warmup": 3, "optimizer__decay": "cosine", "optimizer__final_lr": 0.2, "optimizer__b1": 0.8},
+    **{"optimizer__b2": 0.9, "optimizer__eps": 1e-6, "optimizer__weight_decay": 0.1, "optimizer__clip": 0.5},
+    **{"optimizer__ema_decay": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+    experiment = built(corpus, tmp_path_factory.mktemp("cache"))
+    return experiment, fingerprint(experiment)
+
+
+@pytest.mark.parametrize("name", REACH_THE_STEP)
+def test_fields_reach_the_train_step(name, base, corpus, tmp_path):
+    """Each changes the traced program, its constants or where omega starts."""
+    assert fingerprint(built(corpus, tmp_path, **{name: REACH_THE_STEP[name]})) != base[1]
+
+
+def test_the_fingerprint_is_stable(base, corpus, tmp_path):
+    assert fingerprint(built(corpus, tmp_path)) == base[1]
+
+
+REACH_THE_SAMPLER = {
+    **{"sampling__steps": 5, "sampling__temperature": 0.5, "sampling__top_p": 0.8, "sampling__top_p_rule": "reference"},
+    **{"sampling__use_feedback": False, "sampling__feedback_source": "raw", "sampling__refresh": "on_change"},
+    **{"readout__chunk": 7, "sampling__policy": "entropy"},
+}
+
+
+@pytest.mark.parametrize("name", REACH_THE_SAMPLER)
+def test_fields_reach_the_sampler(name, base, corpus, tmp_path):
+    def program(experiment):
+        sampler = experiment.sampler
+        arguments = (experiment.abstract_params()[0], jax.random.key(0), np.zeros((2, 16), np.int32))
+        return str(jax.make_jaxpr(lambda *xs: sampler(*xs))(*arguments))
+
+    assert program(built(corpus, tmp_path, **{name: REACH_THE_SAMPLER[name]})) != program(base[0])
+
+
+def test_batches(base, corpus, tmp_path):
+    """Training batches: shuffled by data.seed, resumed at a number; validation: the first eval.blocks, in order."""
+    experiment, _ = base
+    one, two = experiment.train_batches(0), experiment.train_batches(1)
+    next(one)
+    np.testing.assert_array_equal(next(one)["tokens"], next(two)["tokens"])
+    other = built(corpus, tmp_path, data__seed=1).train_batches(0)
+    assert np.any(next(other)["tokens"] != next(experiment.train_batches(0))["tokens"])
+    val = [b["tokens"] for b in experiment.eval_batches()]
+    np.testing.assert_array_equal(np.concatenate(val)[: len(experiment.data.val)], list(experiment.data.val))
+    few = built(corpus, tmp_path, eval__blocks=3, eval__batch_size=2)
+    valid = [b["valid"].tolist() for b in few.eval_batches()]
+    assert valid == [[True, True], [True, False]]
+
+
+def test_init_state_is_seeded_and_starts_at_the_binary_model(base, corpus, tmp_path):
+    """The same seed, the same state; another seed, another embedding; head at zero."""
+    one, two = (built(corpus, tmp_path, train__seed=s).init_state() for s in (0, 1))
+    np.testing.assert_array_equal(one.params["backbone"]["embed"], base[0].init_state().params["backbone"]["embed"])
+    assert np.any(one.params["backbone"]["embed"] != two.params["backbone"]["embed"])
+    assert not np.any(one.params["backbone"]["head"]["kernel"]) and int(one.step) == 0
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), one)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), base[0].abstract_state())
+
+
+def test_the_ar_baseline(corpus, tmp_path):
+    experiment = built(corpus, tmp_path, model__causal=True, softmask__p_sm=0.0)
+    assert isinstance(experiment.sampler, ARSampler) and experiment.denoiser.softmask is None
+    assert type(experiment.objective).__name__ == "NextToken" and experiment.sampler.bos_id == 256
+
+
+def test_a_binary_model_is_sampled_without_feedback(corpus, tmp_path):
+    sampler = built(corpus, tmp_path, softmask__p_sm=0.0).sampler
+    assert isinstance(sampler, Sampler) and not sampler.use_feedback
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_shipped_configs_are_read(file):
+    """And say in their docstring how they are run."""
+    if file.stem == "__init__":
+        return
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert read(module.get_config()).train.steps > 0
+    assert f"--config=configs/{file.name}" in module.__doc__
