@@ -38,3 +38,16 @@ def one_line(error: BaseException, most: int = 300) -> str:
     """Kind and text of an error on one line; of a long one the beginning and the end, where libraries put the cause."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= most else f"{text[: most // 3]} ... {text[-2 * most // 3 :]}"
+
+
+def local_path(what: str, text: str | os.PathLike) -> Path:
+    """The path that a person wrote, with '~' as the home folder; every path of the package comes through here.
+
+    Raises:
+      ValueError: a URL, which would silently become a local folder named 'gs:'. what: the flag or field, for the line.
+    """
+    if "://" in str(text):
+        raise ValueError(
+            f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"
+        )
+    return Path(text).expanduser()
