@@ -270,16 +270,14 @@ def _refuse_unknown(section: str, values: Mapping[str, Any], known: Collection[s
     unknown = sorted(set(values) - set(known))
     if not unknown:
         return
-    owners = [
-        f"{field} {name}"
-        for field, choice in CHOICES.get(section, {}).items()
-        for name, cls in choice.table.items()
-        if unknown[0] in _own_fields(section, cls)
-    ]
-    another = f" (a field of {', '.join(owners)})" if owners else ""
-    raise ValueError(
-        f"config.{section}: got unknown field {', '.join(unknown)}{another}, wanted one of {', '.join(known)}"
-    )
+    for field, choice in CHOICES.get(section, {}).items():
+        owners = [name for name, cls in choice.table.items() if unknown[0] in _own_fields(section, cls)]
+        if owners:
+            raise ValueError(
+                f"config.{section}: got {unknown[0]} (a field of {field} {', '.join(owners)}), wanted one of "
+                f"{', '.join(known)}"
+            )
+    raise ValueError(f"config.{section}: got unknown field {', '.join(unknown)}, wanted one of {', '.join(known)}")
 
 
 def _checked(

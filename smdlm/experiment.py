@@ -210,6 +210,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         "wall_s": seconds(),
         "tokens_per_s": tokens_per_s or None,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        **{name: float(value) for name, value in readable.items()},
         "omega": {gate.labels[name]: float(value) for name, value in readable.items()},
         "evaluated": f"validation, fixed masks, {described_weights(config.eval.omega)}",
         **{f"val_{name}": value.mean for name, value in values.items()},

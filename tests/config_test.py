@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 
 from smdlm.build import build
-from smdlm.config import SECTIONS, read
+from smdlm.config import CHOICES, SECTIONS, read
 from smdlm.full_softmask import FullSoftMask
-from smdlm.models.dit import DiT
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler
+from smdlm.sampling.policies import POLICIES
 from smdlm.softmask import ConstantGate, EntropyGate, NormLerp, Slerp, SoftMask
 
 ROOT = Path(__file__).parents[1]
-CLASSES = {**SECTIONS, "model": DiT}
+
+
+def fields_of(section):
+    """{field: 'int', 'float', 'str' or 'bool'} of a section with the classes that its choices name by default."""
+    choices = CHOICES.get(section, {})
+    classes = [SECTIONS[section], *(choice.table[choice.default] for choice in choices.values())]
+    found = {f.name: getattr(f.type, "__name__", f.type) for cls in classes for f in dataclasses.fields(cls)}
+    return {**found, **dict.fromkeys(choices, "str")}
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +69,11 @@ def one_line(config):
 # What is refused
 
 
-@pytest.mark.parametrize("section", CLASSES)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_misspelt_fields_are_refused(section):
     message = one_line(make_config(**{f"{section}__stepz": 3}))
     assert section in message and "stepz" in message
-    fields = [f.name for f in dataclasses.fields(CLASSES[section])]
-    assert all(name in message for name in fields)  # what could have been meant
+    assert all(name in message for name in fields_of(section))  # what could have been meant
 
 
 def test_misspelt_sections_are_refused():
@@ -75,9 +81,7 @@ def test_misspelt_sections_are_refused():
 
 
 def all_fields():
-    return [
-        (s, f.name, getattr(f.type, "__name__", f.type)) for s, cls in CLASSES.items() for f in dataclasses.fields(cls)
-    ]
+    return [(section, field, kind) for section in SECTIONS for field, kind in fields_of(section).items()]
 
 
 @pytest.mark.parametrize("section, field, kind", all_fields())
@@ -169,20 +173,69 @@ def test_the_causal_model_refuses_what_it_would_ignore():
 
 
 def parameters():
-    """(policy, field) of every policy."""
-    return [(name, f.name) for name, cls in POLICIES.items() for f in dataclasses.fields(cls)]
+    """(section, choice, name, field) of every class that a choice may name; what all of them share is left out."""
+    found = []
+    for section, choices in CHOICES.items():
+        shared = {"vocab_size", *(f.name for f in dataclasses.fields(SECTIONS[section]))}
+        for choice in choices:
+            for name, cls in choices[choice].table.items():
+                fields = (f.name for f in dataclasses.fields(cls))
+                found += [(section, choice, name, field) for field in fields if field not in shared]
+    return found
 
 
-@pytest.mark.parametrize("name, field", parameters())
-def test_parameters_of_policies_are_config_fields(name, field):
-    """They reach the policy beside its other defaults; a policy without that field refuses it by name."""
-    value = getattr(POLICIES[name](), field) + 0.01
-    got = read(make_config(sampling__policy=name, **{f"sampling__{field}": value})).policy
-    assert got == dataclasses.replace(POLICIES[name](), **{field: value})
-    for other, cls in POLICIES.items():
-        if field not in {f.name for f in dataclasses.fields(cls)}:
-            message = one_line(make_config(sampling__policy=other, **{f"sampling__{field}": value}))
-            assert f"got {field} (a field of policy" in message and name in message and repr(other) in message
+OTHER = {  # values that the rest of the section allows, where a little more than the default is not one
+    "model": {"heads": 6, "width": 24, "causal": True, "dtype": "bfloat16", "remat": "block", "attention": "xla"},
+    "softmask": {"scale": 0.25, "centre": -3.0},
+}
+
+
+@pytest.mark.parametrize("section, choice, name, field", parameters())
+def test_fields_of_a_chosen_class_are_config_fields(section, choice, name, field):
+    """They reach the object beside its other defaults."""
+    others = {"model__causal": {"softmask__p_sm": 0.0}}.get(f"{section}__{field}", {})
+    config = {key: dict(value) for key, value in make_config(**others).items()}
+    config[section] = {"p_sm": config["softmask"]["p_sm"]} if section == "softmask" else {}
+    default = next(f.default for f in dataclasses.fields(CHOICES[section][choice].table[name]) if f.name == field)
+    value = OTHER.get(section, {}).get(field)
+    value = default + (1 if isinstance(default, int) else 0.01) if value is None else value
+
+    def made(**changes):
+        found = getattr(read({**config, section: {**config[section], choice: name, **changes}}), section)
+        found = found if section == "model" else getattr(found, choice)
+        return found[0] if isinstance(found, tuple) else found
+
+    assert made(**{field: value}) == dataclasses.replace(made(), **{field: value}) != made()
+
+
+@pytest.mark.parametrize(
+    "changes, owners",
+    [
+        ({"sampling__policy": "entropy", "sampling__eta": 0.1}, "policy remdm_cap, remdm_rescale, remdm_loop"),
+        ({"softmask__gate": "constant", "softmask__steepness": 1.0}, "gate entropy"),
+        ({"softmask__temperature": 2.0}, "variant full"),
+    ],
+)
+def test_a_field_of_another_class_is_refused_with_its_owners(changes, owners):
+    field = list(changes)[-1].partition("__")[2]
+    assert f"got {field} (a field of {owners}), wanted one of" in one_line(make_config(**changes))
+
+
+def test_a_choice_on_the_command_line_drops_what_the_file_meant_for_another():
+    file = {"sampling__policy": "remdm_cap", "sampling__eta": 0.3, "softmask__centre": -1.0}
+    config = make_config(**file)
+    config.sampling.policy, config.softmask.gate = "remdm_loop", "constant"
+    got = read(config, ["sampling.policy", "softmask.gate"])
+    assert got.sampling.policy == POLICIES["remdm_loop"]() and got.softmask.gate == ConstantGate()
+    config.sampling.eta = 0.1
+    assert read(config, ["sampling.policy", "sampling.eta", "softmask.gate"]).sampling.policy.eta == 0.1
+
+
+def test_a_model_on_the_command_line_keeps_the_sizes_of_the_file():
+    """Fields of one name mean the same in all models."""
+    config = make_config()
+    config.model.name = "dit"
+    assert read(config, ["model.name"]).model == read(make_config()).model
 
 
 def test_missing_fields_are_named():
@@ -216,7 +269,7 @@ def test_defaults_are_the_papers():
 
 
 def test_softmask_parts():
-    make = lambda **changes: read(make_config(**{f"softmask__{k}": v for k, v in changes.items()})).softmask.make()
+    make = lambda **changes: read(make_config(**{f"softmask__{k}": v for k, v in changes.items()})).softmask.operator
     assert make() == SoftMask(k=3, gate=EntropyGate(scale=0.5))
     assert make(p_sm=0.0) is None
     assert make(k=1, mixer="slerp") == SoftMask(k=1, gate=EntropyGate(scale=0.5), mixer=Slerp())
@@ -291,17 +344,16 @@ def test_fields_reach_the_sampler(name, base, corpus, tmp_path):
 
 
 def test_batches(base, corpus, tmp_path):
-    """Training batches: shuffled by data.seed, resumed at a number; validation: the first eval.blocks, in order."""
+    """Training batches: shuffled by data.seed, resumed at a number; validation: the first blocks, in order."""
     experiment, _ = base
     one, two = experiment.train_batches(0), experiment.train_batches(1)
     next(one)
     np.testing.assert_array_equal(next(one)["tokens"], next(two)["tokens"])
     other = built(corpus, tmp_path, data__seed=1).train_batches(0)
     assert np.any(next(other)["tokens"] != next(experiment.train_batches(0))["tokens"])
-    val = [b["tokens"] for b in experiment.eval_batches()]
+    val = [b["tokens"] for b in experiment.eval_batches(512, 64)]
     np.testing.assert_array_equal(np.concatenate(val)[: len(experiment.data.val)], list(experiment.data.val))
-    few = built(corpus, tmp_path, eval__blocks=3, eval__batch_size=2)
-    valid = [b["valid"].tolist() for b in few.eval_batches()]
+    valid = [b["valid"].tolist() for b in experiment.eval_batches(3, 2)]
     assert valid == [[True, True], [True, False]]
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from conftest import assert_close, assert_identical, make_denoiser, make_params, same
 
+from smdlm.models.base import MatrixAxes
 from smdlm.optimizer import OptimizerConfig, TrainState, _clip, init_state, make_optimizer, update_ema
 from smdlm.train import TrainConfig
 
@@ -27,6 +28,10 @@ def gradients(params, seed=0, scale=1e-2):
 
 def config(**changes):
     return OptimizerConfig(**{"warmup": 0, "lr": 1e-3, **changes})
+
+
+def optimizer_of(config):
+    return make_optimizer(config, STEPS, make_denoiser().model.matrices())
 
 
 def walk(optimizer, params, coins, grads=gradients):
@@ -59,7 +64,7 @@ def partition_state(opt_state):
 def test_steps_without_feedback_leave_omega_alone(params, name):
     """Values and moments, bit for bit, though gradients are not zero; everything else moves."""
     coins = [True, False, False, True, False]
-    states = walk(make_optimizer(config(name=name, weight_decay=0.1), STEPS), params, coins)
+    states = walk(optimizer_of(config(name=name, weight_decay=0.1)), params, coins)
     for coin, (before, state), (after, next_state) in zip(coins, states[:-1], states[1:], strict=True):
         old, new = moments(partition_state(state)), moments(partition_state(next_state))
         assert len(old) == 6  # mu and nu of three scalars
@@ -70,14 +75,14 @@ def test_steps_without_feedback_leave_omega_alone(params, name):
 
 def test_omegas_schedule_follows_the_global_step(params):
     """Its first update comes late, so Adam takes a step of exactly the learning rate of that (global) update."""
-    optimizer = make_optimizer(config(warmup=4, lr_softmask=0.02), STEPS)
+    optimizer = optimizer_of(config(warmup=4, lr_softmask=0.02))
     states = walk(optimizer, params, [False, False, False, True])
     moved = jax.tree.map(lambda a, b: float(jnp.abs(b - a)), states[3][0]["softmask"], states[4][0]["softmask"])
     np.testing.assert_allclose(list(moved.values()), 0.02 * 3 / 4, rtol=1e-3)
 
 
 def test_omega_has_its_own_rate_and_no_weight_decay(params):
-    states = walk(make_optimizer(config(lr=0.0, lr_softmask=0.01, weight_decay=0.5), STEPS), params, [True])
+    states = walk(optimizer_of(config(lr=0.0, lr_softmask=0.01, weight_decay=0.5)), params, [True])
     assert_identical(states[0][0]["backbone"], states[1][0]["backbone"])
     moved = jax.tree.map(lambda a, b: float(jnp.abs(b - a)), states[0][0]["softmask"], states[1][0]["softmask"])
     np.testing.assert_allclose(list(moved.values()), 0.01, rtol=1e-3)
@@ -89,7 +94,7 @@ def test_omega_has_its_own_rate_and_no_weight_decay(params):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_first_update_has_rate_zero(params, name):
     """With warm-up update 0 moves nothing, but its gradient enters the moments."""
-    states = walk(make_optimizer(config(name=name, warmup=5), STEPS), params, [True, True])
+    states = walk(optimizer_of(config(name=name, warmup=5)), params, [True, True])
     assert_identical(states[0][0], states[1][0])
     assert not same(moments(partition_state(states[0][1])), moments(partition_state(states[1][1])))
     assert not same(states[1][0]["backbone"], states[2][0]["backbone"])
@@ -126,7 +131,7 @@ def test_clipping_is_over_all_gradients(params):
         grads = gradients(params)
         return {**grads, "softmask": jax.tree.map(lambda x: x + 1e3, grads["softmask"])}
 
-    state = walk(make_optimizer(config(clip=0.5), STEPS), params, [True], loud)[1][1]
+    state = walk(optimizer_of(config(clip=0.5)), params, [True], loud)[1][1]
     norm = optax.global_norm(loud(params, 0))
     mu = [x for k, x in jax.tree_util.tree_leaves_with_path(state) if ".mu" in jax.tree_util.keystr(k)]
     np.testing.assert_allclose(optax.global_norm(mu), 0.1 * 0.5, rtol=1e-3)  # (1 - b1) * clipped gradient
@@ -141,7 +146,7 @@ def test_clipping_is_over_all_gradients(params):
 def test_adamw_is_adamw(params):
     """Two updates of the embedding against the textbook."""
     c = config(weight_decay=0.01, clip=1e9, b1=0.8, b2=0.95, eps=1e-6)
-    states = walk(make_optimizer(c, STEPS), params, [True, True])
+    states = walk(optimizer_of(c), params, [True, True])
     x = np.asarray(params["backbone"]["embed"], np.float64)
     m = v = 0.0
     for n in range(2):
@@ -157,7 +162,7 @@ def test_adamw_is_adamw(params):
 def test_muon_orthogonalises_the_matrices_of_the_blocks(params):
     """Layer by layer, q, k and v apart; adaLN, embedding and head are left to AdamW (entries of size lr)."""
     c = config(name="muon", lr=1e-3, muon_lr=0.02)
-    states = walk(make_optimizer(c, STEPS), params, [True])
+    states = walk(optimizer_of(c), params, [True])
     moved = jax.tree.map(lambda a, b: np.asarray(b - a), states[0][0]["backbone"], states[1][0]["backbone"])
     blocks = moved["blocks"]
     width = 16
@@ -172,6 +177,15 @@ def test_muon_orthogonalises_the_matrices_of_the_blocks(params):
     # AdamW's first update has one size everywhere: (1 + b1 / (1 + b1)) lr, since optax gives Muon's companion Nesterov.
     for leaf in (blocks["adaln"]["kernel"], moved["embed"], moved["head"]["kernel"], blocks["mlp_in"]["bias"]):
         np.testing.assert_allclose(np.abs(leaf), 1e-3 * (1 + 0.9 / 1.9), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_parameter_that_the_model_does_not_list_is_refused(params, name):
+    """Never silently AdamW."""
+    listed = dict(make_denoiser().model.matrices())
+    del listed["head/bias"]
+    with pytest.raises(ValueError, match=r"\['head/bias'\].*do not list.*\['adapter'\]"):
+        make_optimizer(config(name=name), STEPS, {**listed, "adapter": None}).init(params)
 
 
 # EMA and state
@@ -190,7 +204,7 @@ def test_ema_follows_its_formula():
 
 def test_ema_starts_at_the_parameters_in_its_own_buffers(params):
     """The state is donated, and a buffer can be donated only once."""
-    state = init_state(params, make_optimizer(config(), STEPS))
+    state = init_state(params, optimizer_of(config()))
     assert isinstance(state, TrainState) and int(state.step) == 0
     assert_identical(state.ema, state.params)
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state.params, state.ema))]
@@ -198,7 +212,7 @@ def test_ema_starts_at_the_parameters_in_its_own_buffers(params):
 
 
 def test_state_is_f32(params):
-    state = init_state(params, make_optimizer(config(name="muon"), STEPS))
+    state = init_state(params, optimizer_of(config(name="muon")))
     kinds = {x.dtype for x in jax.tree.leaves(state)}
     assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32"), jnp.dtype("bool")}
 
@@ -228,7 +242,8 @@ def test_every_field_changes_the_updates():
     params["softmask"] = {"raw": jnp.float32(1.0)}
 
     def program(**changes):
-        optimizer = make_optimizer(config(**{"name": "muon", "decay": "linear", **changes}), STEPS)
+        changed = config(**{"name": "muon", "decay": "linear", **changes})
+        optimizer = make_optimizer(changed, STEPS, {"blocks/mlp_in/kernel": MatrixAxes((1,), (2,)), "b": None})
         update = lambda g, s, p: optimizer.update(g, s, p, feedback=True)
         return str(jax.make_jaxpr(update)(params, jax.eval_shape(optimizer.init, params), params))
 

@@ -12,9 +12,9 @@ PROGRAM = """
 import logging, sys
 from pathlib import Path
 import jax
-from smdlm import runtime
+from smdlm import startup
 
-runtime.keep_compiled(Path(sys.argv[1]))
+startup.keep_compiled(Path(sys.argv[1]))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 logger = logging.getLogger("jax._src.compiler")
 logger.setLevel(logging.DEBUG)

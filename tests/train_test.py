@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import READOUT, B, L, V, assert_close, assert_identical, make_batch, make_denoiser, make_training, same
 
+from smdlm.evaluate.base import Value
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.objective import NextToken, SoftMaskedDiffusion
 from smdlm.readout import Readout
-from smdlm.train import NonFiniteLoss, TrainConfig, run
+from smdlm.train import NonFiniteLoss, TrainConfig, Training, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,6 +189,9 @@ class FakeWriter:
     def scalars(self, step, values):
         self.lines.append((step, dict(values)))
 
+    def values(self, step, values):
+        self.scalars(step, {f"val/{name}": value.mean for name, value in values.items()})
+
     def progress(self, step, values):
         pass
 
@@ -228,8 +232,7 @@ def loop(
             yield make_batch(seed=number)
             number += 1
 
-    state, speed = run(
-        state,
+    training = Training(
         config=TrainConfig(**{"steps": steps, "log_every": 2, "save_every": 4, **config}),
         steps=steps,
         step_fn=step_fn,
@@ -238,10 +241,10 @@ def loop(
         tokens_per_batch=B * L,
         checkpointer=checkpointer,
         writer=writer,
-        meta={},
+        meta=dict,
         evaluate=evaluate,
-        pending=pending,
     )
+    state, speed = run(state, training, pending)
     return state, speed, writer, checkpointer
 
 
@@ -304,7 +307,7 @@ def test_what_the_loop_writes_and_saves():
 
     def evaluate(state):
         evaluated.append(state.step)
-        return {"val/x": 3.0}
+        return {"x": Value(3.0, None, "nats/token", "a label")}
 
     state, speed, writer, checkpointer = loop(counting_step(), START, 11, eval_every=6, evaluate=evaluate)
     assert state.step == 11 and speed > 0
@@ -354,8 +357,7 @@ def test_the_signal_handler_is_put_back():
 
 
 def test_the_signal_handler_is_put_back_after_a_bad_loss():
-    """BUG (smdlm/train.py): `stop.restore()` is skipped when the loop raises, so a notebook or a caller that catches
-    NonFiniteLoss no longer ends on SIGTERM."""
+    """A notebook or a caller that catches NonFiniteLoss ends on SIGTERM again."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(NonFiniteLoss):
         loop(counting_step({1}), START, 3)
