@@ -1,8 +1,9 @@
 """The training loss on one screen: Algorithm 1 of the paper, and next-token prediction for the AR baseline.
 
 An objective has two parts. `corrupt` draws all noise for the *global* batch, so that neither the mesh nor the number of
-micro-batches changes it, and normalises the token weights over that batch. `__call__` is the loss of any subset of the
-examples; losses (and gradients) of the subsets add up to those of the whole batch.
+micro-batches changes it, and normalises the token weights over that batch (`corrupt_by_number` does so for evaluation).
+`__call__` is the loss of any subset of the examples; losses (and gradients) of the subsets add up to those of the whole
+batch.
 
 Shapes: B examples, L positions.
 """
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from smdlm.denoiser import Denoiser
-from smdlm.diffusion import LogLinear, TimeSampler, mask_tokens
+from smdlm.diffusion import LogLinear, TimeSampler, mask_where, uniforms_by_number
 from smdlm.readout import Readout
 
 Batch = Mapping[str, jax.Array]
@@ -39,7 +40,13 @@ class Objective(Protocol):
     denoiser: Denoiser
     p_sm: float
 
-    def corrupt(self, key: jax.Array, batch: Batch) -> Example: ...
+    def corrupt(self, key: jax.Array, batch: Batch) -> Example:
+        """For training."""
+        ...
+
+    def corrupt_by_number(self, key: jax.Array, batch: Batch) -> Example:
+        """For evaluation: the noise of an example is a function of (key, batch['number'] [B] i32) alone."""
+        ...
 
     def __call__(
         self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
@@ -77,12 +84,18 @@ class SoftMaskedDiffusion:
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         key_t, key_mask = jax.random.split(key)
-        tokens = batch["tokens"]
+        t = self.times(key_t, len(batch["tokens"]))
+        return self._masked(batch, t, jax.random.uniform(key_mask, batch["tokens"].shape))
+
+    def corrupt_by_number(self, key: jax.Array, batch: Batch) -> Example:
+        key_t, key_mask = jax.random.split(key)
+        t = self.times.by_number(key_t, batch["number"])
+        return self._masked(batch, t, uniforms_by_number(key_mask, batch["number"], batch["tokens"].shape[1]))
+
+    def _masked(self, batch: Batch, t: jax.Array, u: jax.Array) -> Example:
         # 1. t ~ U(t_min, t_max); x_t masks each token with probability 1 - alpha(t).
-        t = self.times(key_t, len(tokens))
-        canvas, masked = mask_tokens(
-            key_mask, tokens, 1 - self.schedule.alpha(t), self.denoiser.mask_id, batch.get("frozen")
-        )
+        tokens, chance = batch["tokens"], 1 - self.schedule.alpha(t)
+        canvas, masked = mask_where(u, tokens, chance, self.denoiser.mask_id, batch.get("frozen"))
         # Masked tokens weigh 1/t; the sum is divided by all valid tokens, masked or not, as in the reference.
         weights = _token_weights(batch) * self.schedule.weight(t)[:, None] * masked
         return Example(canvas, tokens, weights)
@@ -131,6 +144,9 @@ class NextToken:
         if batch["valid"].ndim == 2:
             shifted["valid"] = batch["valid"][:, 1:]
         return Example(tokens[:, :-1], tokens[:, 1:], _token_weights(shifted))
+
+    def corrupt_by_number(self, key: jax.Array, batch: Batch) -> Example:
+        return self.corrupt(key, batch)
 
     def __call__(
         self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None

@@ -10,7 +10,9 @@ from conftest import MASK, READOUT, L, V, make_denoiser, make_params
 
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import TimeSampler
-from smdlm.evaluate.likelihood import EvalConfig, _estimate, _estimators, likelihood, weights
+from smdlm.evaluate.base import Subject, Value, ratio, weights
+from smdlm.evaluate.likelihood import Likelihood, _estimators
+from smdlm.io.report import values_table
 from smdlm.objective import NextToken, SoftMaskedDiffusion
 
 BATCH = 4
@@ -47,80 +49,138 @@ def flat(params):
     return {**params, "backbone": {**params["backbone"], "head": head}}
 
 
-def evaluate(objective, params, batches, **config):
-    return likelihood(objective, params, batches, TOKEN_BYTES, EvalConfig(**{"chain": 3, **config}))
+def run(objective, params, batches, **config):
+    """The values of `Likelihood`."""
+    subject = Subject(objective, params, "EMA weights", TOKEN_BYTES, lambda blocks, size: batches)
+    return Likelihood(**{"chain": 3, **config}).run(subject)
+
+
+def nats(objective, params, batches, **config):
+    """{estimate: nats per token}."""
+    values = run(objective, params, batches, **config)
+    return {n.removeprefix(NATS): value for n, value in values.items() if n.startswith(NATS)}
+
+
+NATS = "nats_per_token_"
 
 
 @pytest.fixture(scope="module")
-def estimates(objective, params):
-    return evaluate(objective, params, batches_of(7))
+def values(objective, params):
+    return run(objective, params, batches_of(7))
 
 
-def test_labels(objective, params, causal, estimates):
-    assert list(estimates) == ["one_pass", "two_pass", "carried"]
-    assert list(evaluate(objective, params, batches_of(4), chain=0)) == ["one_pass", "two_pass"]
+def test_names_units_and_labels(objective, params, causal, values):
+    assert list(nats(objective, params, batches_of(4))) == ["one_pass", "two_pass", "carried"]
+    assert list(nats(objective, params, batches_of(4), chain=0)) == ["one_pass", "two_pass"]
     binary = SoftMaskedDiffusion(make_denoiser(None), READOUT, 0.0)
-    assert list(evaluate(binary, {**params, "softmask": {}}, batches_of(4))) == ["one_pass"]
-    assert list(evaluate(*causal, batches_of(4))) == ["next_token"]
-    values = [e.nats_per_token for e in estimates.values()]
-    assert len({round(x, 4) for x in values}) == 3
+    assert list(nats(binary, {**params, "softmask": {}}, batches_of(4))) == ["one_pass"]
+    assert list(nats(*causal, batches_of(4))) == ["next_token"]
+    assert len({round(values[NATS + name].mean, 4) for name in ("one_pass", "two_pass", "carried")}) == 3
+    units = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "perplexity": "perplexity"}
+    for name, value in values.items():
+        assert value.unit == next(unit for key, unit in units.items() if key in name)
+    assert len({values[f"{unit}_two_pass"].label for unit in units}) == 1  # one row of the table
+    assert len({value.label for value in values.values()}) == 4
 
 
-def test_two_calls_see_the_same_masks(objective, params, estimates):
-    assert evaluate(objective, params, batches_of(7)) == estimates
-    other = evaluate(objective, params, batches_of(7), seed=1)
-    assert all(other[name] != estimates[name] for name in estimates)
+def test_two_calls_see_the_same_masks(objective, params, values):
+    assert run(objective, params, batches_of(7)) == values
+    other = run(objective, params, batches_of(7), seed=1)
+    assert all(other[name] != values[name] for name in values)
 
 
 def test_two_checkpoints_and_both_passes_see_the_same_masks(objective, params):
     """With a flat head the estimate is a function of the masks alone."""
-    one = evaluate(objective, flat(params), batches_of(8))
-    two = evaluate(objective, flat(make_params(objective.denoiser, seed=5)), batches_of(8))
-    assert one == two and one["one_pass"] == one["two_pass"]
-    assert one["one_pass"].nats_interval > 0
+    one = run(objective, flat(params), batches_of(8))
+    assert one == run(objective, flat(make_params(objective.denoiser, seed=5)), batches_of(8))
+    assert one[NATS + "one_pass"].mean == one[NATS + "two_pass"].mean and one[NATS + "one_pass"].interval > 0
+    assert one["gain_nats_per_token"].mean == one["gain_nats_per_token"].interval == 0
+
+
+def rebatched(count, size):
+    """The blocks of batches_of(count) in batches of another size, the last one padded with other junk."""
+    batches = batches_of(count)
+    tokens = np.concatenate([batch["tokens"][batch["valid"]] for batch in batches])
+    tokens = np.pad(tokens, ((0, -count % size), (0, 0)), constant_values=7)
+    valid = np.arange(len(tokens)) < count
+    return [{"tokens": tokens[i : i + size], "valid": valid[i : i + size]} for i in range(0, len(tokens), size)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 16])
+def test_the_batch_size_changes_nothing(objective, params, values, size):
+    """Noise belongs to the block: t, masks and chain of block i are functions of (seed, draw, i)."""
+    for name, value in run(objective, params, rebatched(7, size)).items():
+        np.testing.assert_allclose(value.mean, values[name].mean, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_block_alone_is_that_block_among_others(objective, params):
+    """Its likelihood in the first place of the split, whatever follows."""
+    subject = lambda batches: Subject(objective, params, "", TOKEN_BYTES, lambda blocks, size: batches)
+    few, _, _ = Likelihood(chain=3).blockwise(subject(rebatched(1, 1)))
+    many, _, _ = Likelihood(chain=3).blockwise(subject(batches_of(7)))
+    for name, nll in few.items():
+        np.testing.assert_allclose(nll[0], many[name][0], rtol=1e-5)
+
+
+def test_what_feedback_gains_is_paired(objective, params):
+    """The difference of the two likelihoods, with the interval of the differences of the blocks."""
+    subject = Subject(objective, params, "", TOKEN_BYTES, lambda blocks, size: batches_of(7))
+    metric = Likelihood(chain=0)
+    nll, sizes, lengths = metric.blockwise(subject)
+    values = metric.run(subject)
+    difference = nll["one_pass"] - nll["two_pass"]
+    gain = values["gain_nats_per_token"]
+    np.testing.assert_allclose(gain.mean, values[NATS + "one_pass"].mean - values[NATS + "two_pass"].mean, rtol=1e-9)
+    np.testing.assert_allclose(gain.interval, 1.96 * difference.std(ddof=1) / L / np.sqrt(7), rtol=1e-9)
+    assert values["gain_bits_per_byte"].mean == pytest.approx(difference.sum() / sizes.sum() / np.log(2))
+    # The pairs share their masks: their difference is far better known than each of the two.
+    assert gain.interval < 0.5 * values[NATS + "two_pass"].interval
 
 
 def test_a_uniform_model_costs_log_v(objective, params, causal):
     """Exactly: every token of the causal model; of the diffusion model every masked token, times its weight 1/t."""
     model, uniform = causal
-    got = evaluate(model, flat(uniform), batches_of(6))["next_token"]
-    np.testing.assert_allclose(got.nats_per_token, np.log(V - 1), rtol=1e-6)  # the mask is never predicted
-    np.testing.assert_allclose(got.nats_interval, 0, atol=1e-6)
+    got = nats(model, flat(uniform), batches_of(6))["next_token"]
+    np.testing.assert_allclose(got.mean, np.log(V - 1), rtol=1e-6)  # the mask is never predicted
+    np.testing.assert_allclose(got.interval, 0, atol=1e-6)
     batch = batches_of(BATCH)[0]
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
-    weight = objective.corrupt(key, {k: jnp.asarray(v) for k, v in batch.items()}).weights.sum()
-    got = evaluate(objective, flat(params), [batch])
+    weight = objective.corrupt_by_number(draw_key(0, 0), numbered(batch)).weights.sum()
+    got = nats(objective, flat(params), [batch])
     for name in ("one_pass", "two_pass"):
-        np.testing.assert_allclose(got[name].nats_per_token, np.log(V - 1) * weight, rtol=1e-5)
+        np.testing.assert_allclose(got[name].mean, np.log(V - 1) * weight, rtol=1e-5)
+
+
+def draw_key(seed, draw):
+    return jax.random.fold_in(jax.random.key(seed), draw)
+
+
+def numbered(batch):
+    return {key: jnp.asarray(value) for key, value in {**batch, "number": np.arange(len(batch["tokens"]))}.items()}
 
 
 def test_estimates_are_unbiased(objective, params):
     """With a flat head the NELBO is log(V - 1) times .999, which the intervals cover; the chain covers t evenly and
     varies less."""
-    found = evaluate(objective, flat(params), batches_of(400), chain=8)
-    for estimate in found.values():
-        assert abs(estimate.nats_per_token - 0.999 * np.log(V - 1)) < 1.7 * estimate.nats_interval
-    assert found["carried"].nats_interval < 0.7 * found["one_pass"].nats_interval
+    found = nats(objective, flat(params), batches_of(400), chain=8)
+    for value in found.values():
+        assert abs(value.mean - 0.999 * np.log(V - 1)) < 1.7 * value.interval
+    assert found["carried"].interval < 0.7 * found["one_pass"].interval
 
 
 def test_one_and_two_passes_by_hand(objective, params):
     batch = batches_of(BATCH)[0]
-    placed = {k: jnp.asarray(v) for k, v in batch.items()}
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 0)  # seed, batch, draw
-    example = objective.corrupt(key, placed)
-    got = evaluate(objective, params, [batch], seed=3, chain=0)
+    example = objective.corrupt_by_number(draw_key(3, 0), numbered(batch))
+    got = nats(objective, params, [batch], seed=3, chain=0)
     for name, coin in (("one_pass", False), ("two_pass", True)):
         # The training loss on these masks is already per token of the batch.
         wanted, _ = jax.jit(lambda p, c: objective(p, example, c, None))(params, coin)
-        np.testing.assert_allclose(got[name].nats_per_token, wanted, rtol=1e-4)
+        np.testing.assert_allclose(got[name].mean, wanted, rtol=1e-4)
 
 
-def test_a_chain_of_one_is_one_pass(objective, params):
-    """One canvas, nothing carried yet; with independent t the two draw the same noise."""
-    independent = dataclasses.replace(objective, times=TimeSampler("iid"))
-    got = evaluate(independent, params, batches_of(7), chain=1)
-    for field in ("nats_per_token", "nats_interval", "bits_per_byte"):
-        np.testing.assert_allclose(getattr(got["carried"], field), getattr(got["one_pass"], field), rtol=1e-4)
+def test_a_chain_of_one_sees_the_whole_range_of_t(objective, params):
+    """One canvas, nothing carried yet: another estimate of one pass, with independent t."""
+    got = nats(objective, flat(params), batches_of(400), chain=1)
+    assert abs(got["carried"].mean - 0.999 * np.log(V - 1)) < 1.7 * got["carried"].interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +189,10 @@ class Recorded(Denoiser):
 
     calls: list = dataclasses.field(default_factory=list, hash=False, compare=False)
 
-    def __call__(self, params, tokens, feedback=None, cond=None, *, dropout_key=None):
+    def __call__(self, params, tokens, feedback=None, **options):
         active = jnp.zeros(tokens.shape, bool) if feedback is None else feedback.active
         jax.debug.callback(lambda *x: self.calls.append(x), tokens, active, ordered=True)
-        return super().__call__(params, tokens, feedback, cond, dropout_key=dropout_key)
+        return super().__call__(params, tokens, feedback, **options)
 
 
 def test_carried_canvases_are_nested(objective, params):
@@ -141,7 +201,7 @@ def test_carried_canvases_are_nested(objective, params):
     chain = 6
     batch = batches_of(BATCH)[0]
     watched = dataclasses.replace(objective, denoiser=recorded, times=TimeSampler(t_min=0.1, t_max=1.0))
-    evaluate(watched, params, [batch], chain=chain)
+    run(watched, params, [batch], chain=chain)
     jax.effects_barrier()
     calls = recorded.calls[-chain:]
     assert len(calls) == chain and not np.any(calls[0][1])
@@ -154,18 +214,6 @@ def test_carried_canvases_are_nested(objective, params):
     assert counts[0] > 0.7 * BATCH * L and counts[-1] < 0.4 * BATCH * L
 
 
-def test_padding_does_not_change_the_numbers(objective, params, estimates):
-    """Whatever the rows that are not valid hold, and whether they are there at all."""
-    junk = batches_of(7)
-    junk[-1]["tokens"][~junk[-1]["valid"]] = 5
-    assert evaluate(objective, params, junk) == estimates
-    cut = batches_of(7)
-    cut[-1] = {"tokens": cut[-1]["tokens"][:3], "valid": np.ones(3, bool)}
-    for name, estimate in evaluate(objective, params, cut).items():
-        np.testing.assert_allclose(vars(estimate)["nats_per_token"], estimates[name].nats_per_token, rtol=1e-5)
-    assert {e.blocks for e in estimates.values()} == {7} and {e.tokens for e in estimates.values()} == {7 * L}
-
-
 def test_intervals_cover():
     """95 % of them hold the true ratio, for nats and bits, with blocks of unequal bytes; nine times the blocks narrow
     them to a third."""
@@ -174,86 +222,89 @@ def test_intervals_cover():
     def draw(blocks):
         size = rng.integers(10, 30, blocks).astype(np.float64)
         nll = 2.0 * size + rng.gamma(2.0, 5.0, blocks)
-        return _estimate(nll, size, np.full(blocks, 8.0), "")
+        return {"nats": ratio(nll, np.full(blocks, 8.0)), "bits": ratio(nll, size * np.log(2))}
 
     found = [draw(100) for _ in range(1000)]
     truth = {"nats": (2 * 19.5 + 10) / 8, "bits": (2 * 19.5 + 10) / 19.5 / np.log(2)}
-    for value, interval, name in (
-        ("nats_per_token", "nats_interval", "nats"),
-        ("bits_per_byte", "bits_interval", "bits"),
-    ):
-        covered = np.mean([abs(getattr(e, value) - truth[name]) < getattr(e, interval) for e in found])
+    for name, wanted in truth.items():
+        covered = np.mean([abs(one[name][0] - wanted) < one[name][1] for one in found])
         assert 0.93 < covered < 0.97, (name, covered)
-    narrow = np.mean([draw(900).nats_interval for _ in range(50)]) / np.mean([e.nats_interval for e in found])
-    assert 0.32 < narrow < 0.35
+    width = lambda blocks: np.mean([one["nats"][1] for one in blocks])
+    assert 0.32 < width([draw(900) for _ in range(50)]) / width(found) < 0.35
 
 
 def test_draws_are_averaged(objective, params):
     """Two draws are the mean of the two alone: those of the keys fold_in(key, 0) and fold_in(key, 1)."""
     batch = batches_of(BATCH)[0]
-    placed = {k: jnp.asarray(v) for k, v in batch.items()}
-    key = jax.random.fold_in(jax.random.key(0), 0)
     binary = dataclasses.replace(objective, p_sm=0.0)
     loss = jax.jit(lambda p, example: binary(p, example, False, None)[0])
-    alone = [loss(params, objective.corrupt(jax.random.fold_in(key, d), placed)) for d in range(2)]
-    got = evaluate(objective, params, [batch], draws=2, chain=0)["one_pass"]
+    alone = [loss(params, objective.corrupt_by_number(draw_key(0, d), numbered(batch))) for d in range(2)]
+    got = nats(objective, params, [batch], draws=2, chain=0)["one_pass"]
     assert alone[0] != alone[1]
-    np.testing.assert_allclose(got.nats_per_token, np.mean(alone), rtol=1e-5)
+    np.testing.assert_allclose(got.mean, np.mean(alone), rtol=1e-5)
 
 
 def test_more_draws_narrow_the_noise(objective, params):
     light = dataclasses.replace(objective, times=TimeSampler(t_min=0.3))  # weights up to 1000 would drown the effect
-    few, many = (evaluate(light, flat(params), batches_of(40), draws=n, chain=0)["one_pass"] for n in (1, 9))
-    assert many.nats_interval < 0.5 * few.nats_interval and many.tokens == few.tokens
+    few, many = (nats(light, flat(params), batches_of(40), draws=n, chain=0)["one_pass"] for n in (1, 9))
+    assert many.interval < 0.5 * few.interval
 
 
 def test_next_token_is_exact(causal):
     """No noise: the mean over all predicted tokens, the same for every seed; bytes of the predicted tokens only."""
     objective, params = causal
     batches = batches_of(6)
-    got = evaluate(objective, params, batches)["next_token"]
-    assert evaluate(objective, params, batches, seed=9)["next_token"] == got
+    got = run(objective, params, batches)
+    assert run(objective, params, batches, seed=9) == got
     tokens = np.concatenate([b["tokens"][b["valid"]] for b in batches])
     denoiser = objective.denoiser
     log_probs = READOUT.log_probs(denoiser.head(params), jax.jit(denoiser)(params, tokens[:, :-1]))
     nll = -np.take_along_axis(np.asarray(log_probs, np.float64), tokens[:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(got.nats_per_token, nll.mean(), rtol=1e-5)
-    np.testing.assert_allclose(got.perplexity, np.exp(nll.mean()), rtol=1e-4)
+    np.testing.assert_allclose(got[NATS + "next_token"].mean, nll.mean(), rtol=1e-5)
+    np.testing.assert_allclose(got["perplexity_next_token"].mean, np.exp(nll.mean()), rtol=1e-4)
     size = TOKEN_BYTES[tokens[:, 1:]].sum()
-    np.testing.assert_allclose(got.bits_per_byte, nll.sum() / np.log(2) / size, rtol=1e-5)
-    assert got.tokens == 6 * (L - 1) and got.blocks == 6
+    np.testing.assert_allclose(got["bits_per_byte_next_token"].mean, nll.sum() / np.log(2) / size, rtol=1e-5)
     # The interval is that of a mean over blocks (all of one length).
     wanted = 1.96 * nll.mean(1).std(ddof=1) / np.sqrt(6)
-    np.testing.assert_allclose(got.nats_interval, wanted, rtol=1e-4)
+    np.testing.assert_allclose(got[NATS + "next_token"].interval, wanted, rtol=1e-4)
 
 
 def test_one_block_is_enough_and_none_is_refused(objective, params, causal):
-    assert evaluate(*causal, batches_of(1))["next_token"].blocks == 1
+    assert np.isfinite(nats(*causal, batches_of(1))["next_token"].mean)
     with pytest.raises(ValueError, match="got no validation block"):
-        evaluate(objective, params, [])
+        run(objective, params, [])
 
 
-def test_omega_of_the_evaluation_is_labelled(objective, params):
+def test_the_omega_of_an_evaluation(objective, params):
     """'ema' takes the average as it is, 'live' the last omega beside the averaged backbone; one pass knows no omega."""
     last = {**make_params(objective.denoiser, seed=2), "softmask": {k: v + 1 for k, v in params["softmask"].items()}}
     assert weights(params, last, "ema") is params
     mixed = weights(params, last, "live")
     assert mixed["backbone"] is params["backbone"] and mixed["softmask"] is last["softmask"]
-    ema, live = (evaluate(objective, weights(params, last, o), batches_of(7), omega=o) for o in ("ema", "live"))
-    assert (ema["two_pass"].weights, live["two_pass"].weights) == ("EMA weights", "EMA weights, live omega")
-    assert ema["one_pass"].nats_per_token == live["one_pass"].nats_per_token
-    assert ema["two_pass"].nats_per_token != live["two_pass"].nats_per_token
+    ema, live = (nats(objective, weights(params, last, omega), batches_of(7)) for omega in ("ema", "live"))
+    assert ema["one_pass"] == live["one_pass"] and ema["two_pass"] != live["two_pass"]
 
 
 def test_one_compilation_for_all_validations_of_a_run(objective, params):
     first, second = (_estimators(objective, 3) for _ in range(2))
-    evaluate(objective, params, batches_of(7))
+    run(objective, params, batches_of(7))
     sizes = {name: fn._cache_size() for name, fn in first.items()}
-    evaluate(objective, params, batches_of(7), seed=4)
+    run(objective, params, batches_of(7), seed=4)
     assert {name: fn._cache_size() for name, fn in second.items()} == sizes
 
 
-@pytest.mark.parametrize("wrong", [{"blocks": 0}, {"batch_size": 0}, {"draws": 0}, {"chain": -1}, {"omega": "raw"}])
+@pytest.mark.parametrize("wrong", [{"blocks": 0}, {"batch_size": 0}, {"draws": 0}, {"chain": -1}])
 def test_fields_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
-        EvalConfig(**wrong)
+        Likelihood(**wrong)
+
+
+def test_the_table_has_labels_down_and_units_across():
+    values = {
+        "a": Value(1.5, 0.25, "bits/byte", "one pass"),
+        "b": Value(1.25, None, "perplexity", "one pass"),
+        "c": Value(-0.5, 0.125, "bits/byte", "gain"),
+    }
+    head, one, gain = (line.split() for line in values_table(values).splitlines())
+    assert head == ["validation", "bits/byte", "perplexity"]
+    assert one == ["one", "pass", "1.5000", "±", "0.2500", "1.2500"] and gain == ["gain", "-0.5000", "±", "0.1250"]

@@ -1,5 +1,7 @@
 """Validation likelihood with fixed noise: two checkpoints are compared on the same masks.
 
+The noise of block i is a function of (eval.seed, draw, i) alone: batch size, mesh and number of blocks change nothing.
+
 For a soft-masked model "the" likelihood is three different numbers, each an estimate of a NELBO in nats/token, always
 labelled:
 
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smdlm.diffusion import uniforms_by_number
 from smdlm.evaluate.base import Subject, Value, ratio
 from smdlm.mesh.arrays import fetch
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
@@ -83,17 +86,21 @@ class Likelihood:
         estimators = _estimators(objective, self.chain)
         sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
         sizes, lengths = [], []
-        for number, batch in enumerate(subject.batches(self.blocks, self.batch_size)):
+        keys = [jax.random.fold_in(jax.random.key(self.seed), draw) for draw in range(self.draws)]
+        seen = 0
+        for batch in subject.batches(self.blocks, self.batch_size):
             real = np.asarray(batch["valid"])
+            # A block's noise belongs to the block: it is the same in every batch size.
+            numbers = np.arange(seen, seen + len(real), dtype=np.int32)
+            seen += len(real)
             tokens = np.asarray(batch["tokens"])[real]
             # The AR model is given the first token of a block: it is neither predicted nor counted.
             counted = tokens[:, 1:] if isinstance(objective, NextToken) else tokens
             sizes.append(subject.token_bytes[counted].sum(1))
             lengths.append(np.full(len(counted), counted.shape[1]))
-            key = jax.random.fold_in(jax.random.key(self.seed), number)
-            placed = subject.place(batch)
+            placed = subject.place({**batch, "number": numbers})
             for name, fn in estimators.items():
-                draws = [fetch(fn(subject.params, jax.random.fold_in(key, d), placed)) for d in range(self.draws)]
+                draws = [fetch(fn(subject.params, key, placed)) for key in keys]
                 sums[name].append(np.mean(draws, axis=0)[real])
         if not sizes:
             raise ValueError("evaluation: got no validation block, wanted at least one")
@@ -117,7 +124,7 @@ def _estimators(objective: Objective, chain: int) -> dict[str, Callable[..., jax
 
 
 def _objective_nll(objective: Objective, feedback: bool, params: Any, key: jax.Array, batch: Any) -> jax.Array:
-    example = objective.corrupt(key, batch)
+    example = objective.corrupt_by_number(key, batch)
     _, nll = objective(params, example, jnp.bool_(feedback), None)
     valid_tokens = batch["valid"].sum() * example.targets.shape[1]  # undo the division by the batch's tokens
     return jnp.sum(nll * example.weights, axis=1) * valid_tokens
@@ -132,8 +139,8 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
     denoiser, readout, times = objective.denoiser, objective.readout, objective.times
     tokens = batch["tokens"]
     key_t, key_mask = jax.random.split(key)
-    offset = jax.random.uniform(key_t, (len(tokens),))
-    threshold = jax.random.uniform(key_mask, tokens.shape)
+    offset = uniforms_by_number(key_t, batch["number"], 1)[:, 0]
+    threshold = uniforms_by_number(key_mask, batch["number"], tokens.shape[1])
     head = denoiser.head(params)
 
     def body(feedback: Feedback, index: jax.Array) -> tuple[Feedback, jax.Array]:
