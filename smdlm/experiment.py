@@ -54,7 +54,6 @@ def evaluate(experiment: Experiment, params: Any) -> dict[str, Value]:
     subject = Subject(
         objective=experiment.objective,
         params=params,
-        weights=described_weights(config.omega),
         token_bytes=experiment.vocabulary.token_bytes,
         batches=experiment.eval_batches,
         place=experiment.place,

@@ -27,11 +27,23 @@ Batch = Mapping[str, jax.Array]
 
 
 class Example(flax.struct.PyTreeNode):
-    """What the loss needs: canvas [B, L] i32, targets [B, L] i32, weights [B, L] f32 (sum over the batch folded in)."""
+    """What the loss needs.
+
+    Attributes:
+      canvas, targets: [B, L] i32.
+      weights: [B, L] f32, 1 / (tokens of the global batch that count) folded in.
+      attend: [B, L] bool, which positions of the canvas may be seen; None for all.
+    """
 
     canvas: jax.Array
     targets: jax.Array
     weights: jax.Array
+    attend: jax.Array | None = None
+
+    @property
+    def mask(self) -> jax.Array | None:
+        """For the denoiser: [B, 1, L]."""
+        return None if self.attend is None else self.attend[:, None]
 
 
 class Objective(Protocol):
@@ -53,13 +65,22 @@ class Objective(Protocol):
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
-def _token_weights(batch: Batch) -> jax.Array:
-    """1 / (valid tokens of the global batch) on valid tokens: [B, L] f32. batch['valid'] is [B] or [B, L] bool."""
+def counted(batch: Batch) -> jax.Array:
+    """1 for tokens that count, 0 for others: [B, L] f32.
+
+    batch['valid'] is [B] or [B, L] bool; batch['attend'] [B, L], if there, takes padding out of attention too.
+    """
     valid = batch["valid"]
     if valid.ndim == 1:
         valid = valid[:, None]
-    valid = jnp.broadcast_to(valid, batch["tokens"].shape).astype(jnp.float32)
-    return valid / jnp.maximum(valid.sum(), 1.0)
+    valid = jnp.broadcast_to(valid, batch["tokens"].shape)
+    return (valid & batch.get("attend", True)).astype(jnp.float32)
+
+
+def _token_weights(batch: Batch) -> jax.Array:
+    """1 / (tokens of the global batch that count) on those: [B, L] f32."""
+    counts = counted(batch)
+    return counts / jnp.maximum(counts.sum(), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +119,7 @@ class SoftMaskedDiffusion:
         canvas, masked = mask_where(u, tokens, chance, self.denoiser.mask_id, batch.get("frozen"))
         # Masked tokens weigh 1/t; the sum is divided by all valid tokens, masked or not, as in the reference.
         weights = _token_weights(batch) * self.schedule.weight(t)[:, None] * masked
-        return Example(canvas, tokens, weights)
+        return Example(canvas, tokens, weights, batch.get("attend"))
 
     def __call__(
         self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
@@ -115,7 +136,7 @@ class SoftMaskedDiffusion:
             frozen = jax.lax.stop_gradient(params)
 
             def pass_one():
-                hidden = self.denoiser(frozen, example.canvas, dropout_key=key_one)
+                hidden = self.denoiser(frozen, example.canvas, mask=example.mask, dropout_key=key_one)
                 masked = example.canvas == self.denoiser.mask_id
                 feedback = self.readout.feedback(self.denoiser.head(frozen), hidden, masked)
                 return self.denoiser.softmask.attach(feedback, hidden)
@@ -126,7 +147,7 @@ class SoftMaskedDiffusion:
 
             feedback = pass_one() if self.p_sm == 1 else jax.lax.cond(use_feedback, pass_one, skip)
         # 3. Pass two, with gradient, on the soft-masked input; the loss of the masked tokens.
-        hidden = self.denoiser(params, example.canvas, feedback, dropout_key=key_two)
+        hidden = self.denoiser(params, example.canvas, feedback, mask=example.mask, dropout_key=key_two)
         return self.readout.nll(self.denoiser.head(params), hidden, example.targets, example.weights)
 
 
@@ -140,10 +161,12 @@ class NextToken:
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         tokens = batch["tokens"]
-        shifted = {"tokens": tokens[:, 1:], "valid": batch["valid"]}
-        if batch["valid"].ndim == 2:
-            shifted["valid"] = batch["valid"][:, 1:]
-        return Example(tokens[:, :-1], tokens[:, 1:], _token_weights(shifted))
+        return Example(tokens[:, :-1], tokens[:, 1:], _token_weights(self.predicted(batch)))
+
+    @staticmethod
+    def predicted(batch: Batch) -> Batch:
+        """The batch without the first position of each block."""
+        return {name: value[:, 1:] if value.ndim == 2 else value for name, value in batch.items()}
 
     def corrupt_by_number(self, key: jax.Array, batch: Batch) -> Example:
         return self.corrupt(key, batch)

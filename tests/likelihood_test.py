@@ -51,7 +51,7 @@ def flat(params):
 
 def run(objective, params, batches, **config):
     """The values of `Likelihood`."""
-    subject = Subject(objective, params, "EMA weights", TOKEN_BYTES, lambda blocks, size: batches)
+    subject = Subject(objective, params, TOKEN_BYTES, lambda blocks, size: batches)
     return Likelihood(**{"chain": 3, **config}).run(subject)
 
 
@@ -115,7 +115,7 @@ def test_the_batch_size_changes_nothing(objective, params, values, size):
 
 def test_a_block_alone_is_that_block_among_others(objective, params):
     """Its likelihood in the first place of the split, whatever follows."""
-    subject = lambda batches: Subject(objective, params, "", TOKEN_BYTES, lambda blocks, size: batches)
+    subject = lambda batches: Subject(objective, params, TOKEN_BYTES, lambda blocks, size: batches)
     few, _, _ = Likelihood(chain=3).blockwise(subject(rebatched(1, 1)))
     many, _, _ = Likelihood(chain=3).blockwise(subject(batches_of(7)))
     for name, nll in few.items():
@@ -124,7 +124,7 @@ def test_a_block_alone_is_that_block_among_others(objective, params):
 
 def test_what_feedback_gains_is_paired(objective, params):
     """The difference of the two likelihoods, with the interval of the differences of the blocks."""
-    subject = Subject(objective, params, "", TOKEN_BYTES, lambda blocks, size: batches_of(7))
+    subject = Subject(objective, params, TOKEN_BYTES, lambda blocks, size: batches_of(7))
     metric = Likelihood(chain=0)
     nll, sizes, lengths = metric.blockwise(subject)
     values = metric.run(subject)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from absl import logging
 
+from smdlm.evaluate.base import Value
+from smdlm.io import plots
 from smdlm.io import writer as writer_lib
 from smdlm.io.writer import Writer, read_metrics
 
@@ -107,7 +109,7 @@ def test_missing_package_warns_once(tmp_path, warnings, monkeypatch, package):
     writer = Writer(tmp_path, total_steps=10)
     for step in (1, 2):
         writer.scalars(step, {"train/loss": 1.0})
-        writer.curves()
+        writer.curves({}, {})
     assert len(_lines(tmp_path)) == 2
     assert len(warnings) == 1 and package in warnings[0]
 
@@ -118,9 +120,9 @@ def test_unwritable_workdir_never_raises(tmp_path, warnings):
     writer = Writer(workdir, total_steps=10, start_step=0)
     for _ in range(2):
         writer.scalars(1, {"train/loss": 1.0})
-        writer.samples(1, ["text"])
+        writer.samples("step_1", [{"text": "text"}])
         writer.summary({"steps": 1})
-        writer.curves()
+        writer.curves({}, {})
     writer.close()
     whats = [line.split(" cannot")[0] for line in warnings]
     assert sorted(whats) == ["curves", "metrics.jsonl", "samples", "summary.json", "tensorboard"]  # each said once
@@ -131,8 +133,9 @@ def test_disabled_writes_nothing(tmp_path, capsys):
     writer = Writer(workdir, total_steps=10, enabled=False, start_step=0)
     writer.scalars(1, {"train/loss": 1.0})
     writer.progress(1, {})
-    writer.samples(1, ["text"])
-    writer.curves()
+    writer.values(1, {"x": Value(1.0, None, "nats/token", "x")})
+    writer.samples("step_1", [{"text": "text"}])
+    writer.curves({}, {})
     writer.summary({})
     writer.close()
     assert not workdir.exists() and capsys.readouterr().out == ""
@@ -155,7 +158,7 @@ def test_progress_prints_plain_lines_with_time_left(tmp_path, capsys, monkeypatc
     writer.progress(200, VALUES)
     writer.progress(200 + 100, {"train/loss": 3.0})
     writer.close()
-    figures = "loss 3.214  omega s 0.00212 b -0.75 a 6.66  12,346 tokens/s"
+    figures = "loss 3.214  omega s 0.00212 a 6.66 b -0.75  12,346 tokens/s"
     assert capsys.readouterr().out.splitlines() == [
         f"step 100/1000  {figures}",
         f"step 200/1000  {figures}  1:20 left",  # 10 s for 100 steps, 800 to go
@@ -192,20 +195,26 @@ def test_closed_pipe_silences_progress(tmp_path, monkeypatch, warnings):
 
 
 def test_samples_are_utf8_even_with_lone_surrogates(tmp_path):
-    Writer(tmp_path, total_steps=10).samples(7, ["naïve ω\n", "half \ud800 pair"])
-    text = (tmp_path / "samples" / "step_00000007.txt").read_text(encoding="utf-8")
+    samples = [{"text": text, "ids": np.arange(2), "seed": 3} for text in ("naïve ω\n", "half \ud800 pair")]
+    Writer(tmp_path, total_steps=10).samples("step_7", samples)
+    text = (tmp_path / "samples" / "step_7.txt").read_text(encoding="utf-8")
     assert text == "=== sample 1 of 2\nnaïve ω\n\n\n=== sample 2 of 2\nhalf ? pair\n\n"
+    rows = [json.loads(line) for line in (tmp_path / "samples" / "step_7.jsonl").read_text("utf-8").splitlines()]
+    assert [row["text"] for row in rows] == ["naïve ω\n", "half \ud800 pair"]
+    assert rows[1]["ids"] == [0, 1] and rows[1]["seed"] == 3
 
 
 def test_curves_draw_what_is_there(tmp_path, warnings):
     writer = Writer(tmp_path, total_steps=100)
     for step in range(100):
         writer.scalars(step, {"train/loss": math.nan if step == 5 else 10 / (1 + step)})
-    writer.curves()
+    writer.curves({}, {})
     assert not (tmp_path / "omega.png").exists()  # an autoregressive run has no omega
     narrow = _width(tmp_path / "loss.png")
-    writer.scalars(100, {"val/bits_per_byte_one_pass": 3.2, "train/omega_s": 0.1, "train/omega_a": 6.0})
-    writer.curves()
+    values = {"mine": Value(3.2, 0.1, "my unit", "my label"), "other": Value(9.0, None, "another unit", "my label")}
+    writer.values(100, values)
+    writer.scalars(100, {"train/omega_power": 0.1, "train/omega_shift": 6.0})
+    writer.curves(values, {"omega_power": "power", "omega_shift": "shift"})
     assert _width(tmp_path / "loss.png") > narrow  # a panel for validation
     assert _width(tmp_path / "omega.png") > narrow
     assert warnings == []
@@ -213,10 +222,10 @@ def test_curves_draw_what_is_there(tmp_path, warnings):
 
 def test_smoothing_keeps_a_line_and_averages_noise():
     line = np.linspace(0.0, 1.0, 200)
-    np.testing.assert_allclose(writer_lib._smooth(line)[5:-5], line[5:-5])
-    np.testing.assert_allclose(writer_lib._smooth(np.ones(7)), np.ones(7))
+    np.testing.assert_allclose(plots._smooth(line)[5:-5], line[5:-5])
+    np.testing.assert_allclose(plots._smooth(np.ones(7)), np.ones(7))
     noise = np.random.default_rng(0).normal(size=400)
-    assert writer_lib._smooth(noise).std() < 0.4 * noise.std()
+    assert plots._smooth(noise).std() < 0.4 * noise.std()
 
 
 def _width(path):

@@ -39,7 +39,7 @@ class Subject:
 
     Attributes:
       objective: has the denoiser, the schedule and the range of t.
-      params: its weights; weights: words that say which.
+      params: its weights.
       token_bytes: [V] UTF-8 bytes per token.
       batches: (blocks, batch size) -> {'tokens' [B, L] i32, 'valid' [B] bool}, once through the first blocks of the
         validation split.
@@ -48,7 +48,6 @@ class Subject:
 
     objective: Objective
     params: Any
-    weights: str
     token_bytes: np.ndarray
     batches: Callable[[int, int], Iterable[Mapping[str, np.ndarray]]]
     place: Callable[[Any], Any] = lambda x: x

@@ -28,7 +28,7 @@ import numpy as np
 from smdlm.diffusion import uniforms_by_number
 from smdlm.evaluate.base import Subject, Value, ratio
 from smdlm.mesh.arrays import fetch
-from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
+from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion, counted
 from smdlm.softmask import Feedback
 
 LABELS = {
@@ -93,11 +93,11 @@ class Likelihood:
             # A block's noise belongs to the block: it is the same in every batch size.
             numbers = np.arange(seen, seen + len(real), dtype=np.int32)
             seen += len(real)
-            tokens = np.asarray(batch["tokens"])[real]
             # The AR model is given the first token of a block: it is neither predicted nor counted.
-            counted = tokens[:, 1:] if isinstance(objective, NextToken) else tokens
-            sizes.append(subject.token_bytes[counted].sum(1))
-            lengths.append(np.full(len(counted), counted.shape[1]))
+            scored = objective.predicted(batch) if isinstance(objective, NextToken) else batch
+            counts = np.asarray(counted(scored))[real]
+            sizes.append((subject.token_bytes[scored["tokens"][real]] * counts).sum(1))
+            lengths.append(counts.sum(1))
             placed = subject.place({**batch, "number": numbers})
             for name, fn in estimators.items():
                 draws = [fetch(fn(subject.params, key, placed)) for key in keys]
@@ -126,8 +126,8 @@ def _estimators(objective: Objective, chain: int) -> dict[str, Callable[..., jax
 def _objective_nll(objective: Objective, feedback: bool, params: Any, key: jax.Array, batch: Any) -> jax.Array:
     example = objective.corrupt_by_number(key, batch)
     _, nll = objective(params, example, jnp.bool_(feedback), None)
-    valid_tokens = batch["valid"].sum() * example.targets.shape[1]  # undo the division by the batch's tokens
-    return jnp.sum(nll * example.weights, axis=1) * valid_tokens
+    scored = objective.predicted(batch) if isinstance(objective, NextToken) else batch
+    return jnp.sum(nll * example.weights, axis=1) * counted(scored).sum()  # the batch's tokens are divided out again
 
 
 def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: jax.Array, batch: Any) -> jax.Array:
@@ -141,14 +141,15 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
     key_t, key_mask = jax.random.split(key)
     offset = uniforms_by_number(key_t, batch["number"], 1)[:, 0]
     threshold = uniforms_by_number(key_mask, batch["number"], tokens.shape[1])
-    head = denoiser.head(params)
+    head, counts = denoiser.head(params), counted(batch)
+    attend = batch["attend"][:, None] if "attend" in batch else None
 
     def body(feedback: Feedback, index: jax.Array) -> tuple[Feedback, jax.Array]:
         t = times.t_min + (times.t_max - times.t_min) * (chain - 1 - index + offset) / chain
         masked = threshold < (1 - objective.schedule.alpha(t))[:, None]
         canvas = jnp.where(masked, denoiser.mask_id, tokens)
-        hidden = denoiser(params, canvas, feedback)
-        weights = masked * objective.schedule.weight(t)[:, None]
+        hidden = denoiser(params, canvas, feedback, mask=attend)
+        weights = masked * counts * objective.schedule.weight(t)[:, None]
         _, nll = readout.nll(head, hidden, tokens, weights)
         feedback = denoiser.softmask.attach(readout.feedback(head, hidden, masked), hidden)
         return feedback, jnp.sum(weights * nll, axis=1)

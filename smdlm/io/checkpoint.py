@@ -30,7 +30,7 @@ from absl import logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from smdlm import files
+from smdlm.files import one_line, sha256
 
 PyTree = Any
 TREES = ("params", "ema", "opt")
@@ -215,7 +215,7 @@ class Checkpointer:
                 if digest != files[name]["sha256"]:
                     return f"{name} has another sha256 than when it was written"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            return files.one_line(error)
+            return one_line(error)
         return None
 
     def _restore_trees(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -288,7 +288,7 @@ class Checkpointer:
                 self._drop_leftovers()
             last = self.latest_step()
         last = "there is no good checkpoint yet" if last is None else f"last good checkpoint is step {last}"
-        logging.warning("checkpoint at step %s failed: %s; %s", step, files.one_line(error), last)
+        logging.warning("checkpoint at step %s failed: %s; %s", step, one_line(error), last)
 
 
 def _items(state: PyTree) -> dict[str, PyTree]:
@@ -315,7 +315,7 @@ def _digests(folder: Path, names: Any) -> dict[str, str]:
     """{name: sha256} of files in `folder`, in threads (hashing releases the GIL)."""
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(names, pool.map(lambda name: files.sha256(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
 def _describe(shape: tuple[int, ...], dtype: Any) -> str:

@@ -1,0 +1,173 @@
+"""A trained model in a few lines, for notebooks and programs; `smdlm.load` is its front door."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from smdlm import command, experiment
+from smdlm.build import Experiment, assemble, make_sampler
+from smdlm.config import read
+from smdlm.data.run_tokenizer import tokenizer_of_run
+from smdlm.denoiser import Denoiser
+from smdlm.evaluate.base import NORMAL_95, Subject, Value
+from smdlm.evaluate.likelihood import LABELS, Likelihood
+from smdlm.files import local_path
+from smdlm.mesh.rules import MeshConfig
+
+BLANK = "____"
+
+
+def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
+    """The EMA weights of a workdir's newest checkpoint, ready to sample, infill and score on one device.
+
+    Args:
+      workdir: of `smdlm.main`, or of `smdlm.convert import`.
+      config: a config file, for a converted checkpoint, which has none of its own; else that of the run is used.
+
+    Raises:
+      FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
+    """
+    workdir = local_path("workdir", workdir)
+    checkpointer = experiment.checkpointer_of(workdir)
+    if checkpointer.latest_step() is None:
+        raise FileNotFoundError(f"got no checkpoint in {checkpointer.directory}, wanted a trained run")
+    settings = checkpointer.read_meta().get("config") if config is None else command.load_config(config).to_dict()
+    if settings is None:
+        raise ValueError(
+            f"{workdir}: got a converted checkpoint, wanted its config beside it: load(workdir, config=FILE)"
+        )
+    made = read(settings)
+    mesh = MeshConfig(data=1).make(jax.devices()[:1])
+    assembled = assemble(made, tokenizer_of_run(made.data, workdir), mesh, None)
+    with jax.set_mesh(mesh):
+        params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
+    return Trained(assembled, params, step, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with its weights; see `load`.
+
+    Attributes:
+      experiment: what it was assembled of. step: of the checkpoint.
+      params: {'backbone', 'softmask'}, for those who go on in JAX: `model.denoiser(model.params, tokens)`.
+      settings: the config, by sections.
+    """
+
+    experiment: Experiment
+    params: Any
+    step: int
+    settings: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.experiment.denoiser
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.experiment.vocabulary
+
+    @property
+    def length(self) -> int:
+        """Tokens of a canvas."""
+        return self.experiment.config.data.seq_len
+
+    def sample(self, prompt: str = "", *, count: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
+        """Texts that begin with the prompt; the same seed gives the same texts.
+
+        sampling: fields of config.sampling (steps, policy and its parameters, temperature, top_p, ...); what is not
+        given is as the run was configured.
+        """
+        changed = self._sampling(prompt=prompt, count=count, seed=seed, **sampling)
+        with jax.set_mesh(self.experiment.mesh):
+            return experiment.sample(changed, self.params).texts
+
+    def infill(
+        self, text: str, *, blank: str = BLANK, tokens: int = 16, count: int = 1, seed: int = 0, **sampling: Any
+    ) -> list[str]:
+        """The text with every blank filled by `tokens` tokens, `count` times.
+
+        Raises:
+          ValueError: no blank, an AR model (it writes left to right only), or more tokens than the canvas holds.
+        """
+        if self.denoiser.model.causal:
+            raise ValueError("infill: got a causal (AR) model, wanted a diffusion model: it writes left to right only")
+        pieces = text.split(blank)
+        if len(pieces) == 1:
+            raise ValueError(f"infill: got no {blank!r} in the text, wanted at least one")
+        if tokens < 1:
+            raise ValueError(f"infill: got tokens={tokens}, wanted at least 1 per blank")
+        holes = np.full(tokens, self.denoiser.mask_id, np.int32)
+        parts = [self.tokenizer.encode(pieces[0])]
+        for piece in pieces[1:]:
+            parts += [holes, self.tokenizer.encode(piece)]
+        row = np.concatenate(parts)
+        if len(row) > self.length:
+            raise ValueError(f"infill: got {len(row)} tokens, wanted at most {self.length}: a shorter text or blanks")
+        changed = self._sampling(count=count, **sampling)
+        with jax.set_mesh(self.experiment.mesh):
+            return experiment.fill(changed, self.params, np.tile(row, (count, 1)), seed).texts
+
+    def score(self, texts: Sequence[str], *, draws: int = 8, seed: int = 0) -> list[dict[str, Value]]:
+        """How likely the model finds each text: values by name, each labelled with the likelihood it is.
+
+        A text is scored alone, in blocks of the canvas's length. Diffusion models have a bound that is estimated from
+        `draws` draws of masks; the interval is over them.
+
+        Raises:
+          ValueError: an empty text.
+        """
+        if any(not text for text in texts):
+            raise ValueError("score: got an empty text, wanted at least one character in each")
+        if draws < 2:
+            raise ValueError(f"score: got draws={draws}, wanted at least 2, for an interval")
+        found = [self._likelihoods(self.tokenizer.encode(text), draws, seed) for text in texts]
+        return [_per_text(nll, len(text.encode("utf-8"))) for nll, text in zip(found, texts, strict=True)]
+
+    def _likelihoods(self, ids: np.ndarray, draws: int, seed: int) -> dict[str, tuple[np.ndarray, int]]:
+        """{estimate: (nll of the whole text in nats [draws], tokens)}."""
+        count = -(-len(ids) // self.length)
+        padded = np.zeros((count, self.length), np.int32)
+        padded.reshape(-1)[: len(ids)] = ids
+        valid = np.arange(padded.size).reshape(padded.shape) < len(ids)
+        batches = [
+            {"tokens": padded[i : i + 1], "valid": np.ones(1, bool), "attend": valid[i : i + 1]} for i in range(count)
+        ]
+        subject = Subject(
+            objective=self.experiment.objective,
+            params=self.params,
+            token_bytes=self.tokenizer.token_bytes,
+            batches=lambda blocks, size: batches,
+            place=self.experiment.place,
+        )
+        with jax.set_mesh(self.experiment.mesh):
+            all_draws = [Likelihood(seed=seed + draw).blockwise(subject) for draw in range(draws)]
+        tokens = int(all_draws[0][2].sum())
+        return {name: (np.array([nll[name].sum() for nll, _, _ in all_draws]), tokens) for name in all_draws[0][0]}
+
+    def _sampling(self, **fields: Any) -> Experiment:
+        """The experiment with other fields of config.sampling, checked like those of a command line."""
+        settings = copy.deepcopy(dict(self.settings))
+        settings["sampling"] = {**settings.get("sampling", {}), **fields}
+        config = read(settings, [f"sampling.{name}" for name in fields])
+        config = dataclasses.replace(self.experiment.config, sampling=config.sampling)
+        sampler = make_sampler(config, self.denoiser, self.tokenizer.bos_id)
+        return dataclasses.replace(self.experiment, config=config, sampler=sampler)
+
+
+def _per_text(likelihoods: Mapping[str, tuple[np.ndarray, int]], size: int) -> dict[str, Value]:
+    """bits_per_byte_NAME and nats_per_token_NAME of a text of `size` bytes; intervals over the draws."""
+    values = {}
+    for name, (nll, tokens) in likelihoods.items():
+        error = NORMAL_95 * nll.std(ddof=1) / np.sqrt(len(nll))
+        for unit, amount in (("bits/byte", size * np.log(2)), ("nats/token", tokens)):
+            key = f"{unit.replace('/', '_per_')}_{name}"
+            values[key] = Value(float(nll.mean() / amount), float(error / amount), unit, LABELS[name])
+    return values
