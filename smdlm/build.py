@@ -132,6 +132,10 @@ def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, dat
     Raises:
       ValueError: one line; model.vocab_size is smaller than the vocabulary.
     """
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX_ENABLE_X64: got 64 bits, wanted 32: unset it, or jax.config.update('jax_enable_x64', False)"
+        )
     vocab = vocabulary.model_vocab_size
     wanted = vocab if config.vocab_size is None else config.vocab_size
     if wanted < vocab:

@@ -18,13 +18,16 @@ import numpy as np
 from absl import logging
 
 from smdlm.build import Experiment
+from smdlm.data.kept import save_tokenizer
 from smdlm.evaluate.base import Subject, Value, weights
+from smdlm.files import local_path
+from smdlm.identity import diverged
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
 from smdlm.optimizer import TrainState, init_state
-from smdlm.train import Training, run
+from smdlm.train import Training, check_saved, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
 
 def init_source(workdir: str) -> Checkpointer:
     """The checkpoints that train.init_from names. FileNotFoundError where there are none."""
-    source = checkpointer_of(Path(workdir))
+    source = checkpointer_of(local_path("train.init_from", workdir))
     if source.latest_step() is None:
         raise FileNotFoundError(
             f"train.init_from: got no checkpoint in {source.directory}, wanted a workdir that holds one: train it, or "
@@ -177,6 +180,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     chief = jax.process_index() == 0
     if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
         (workdir / "summary.json").unlink(missing_ok=True)
+        save_tokenizer(experiment.vocabulary, workdir / "tokenizer")  # sampling needs no corpus
     writer = Writer(workdir, total_steps=config.updates, enabled=chief, start_step=data["next_index"])
     seconds = lambda: before + time.time() - begin
 
@@ -192,17 +196,18 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         tokens_per_batch=config.data.batch_size * config.data.seq_len,
         checkpointer=checkpointer,
         writer=writer,
-        meta=lambda: {**meta, "wall_s": seconds()},
+        meta=lambda: {**meta, "model": dataclasses.asdict(experiment.denoiser.model), "wall_s": seconds()},
         evaluate=evaluate_state,
     )
-    state, tokens_per_s = run(state, training, data.get("pending", []))
+    with diverged(workdir):
+        state, tokens_per_s = run(state, training, data.get("pending", []))
+    check_saved(checkpointer, config.updates)
     values = evaluate_state(state)
     writer.values(config.updates, values)
     sampled = sample(experiment, weights(state.ema, state.params, config.sampling.omega))
     writer.samples(f"step_{config.updates:08d}", sample_records(experiment, sampled))
     gate = experiment.denoiser.softmask.gate if experiment.denoiser.softmask else None
     writer.curves(values, gate.labels if gate else {})
-    checkpointer.wait()
     readable = experiment.denoiser.omega(state.params)
     summary = {
         "steps": config.updates,
@@ -247,19 +252,3 @@ def finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str,
     # Without "values" it was written by a program that knew one metric only: the end is done again.
     complete = summary.get("steps") == steps and checkpointer.latest_step() == steps
     return summary if complete and "values" in summary else None
-
-
-def check_same_config(workdir: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """ValueError if a finished run answers another question: it differs in a field that shapes training."""
-    free = {"log_every", "save_every", "eval_every", "keep"}
-    different = [
-        f"{section}.{field}"
-        for section in ("model", "data", "noise", "times", "softmask", "optimizer", "train")
-        for field in sorted({*saved.get(section, {}), *asked.get(section, {})} - free)
-        if saved.get(section, {}).get(field) != asked.get(section, {}).get(field)
-    ]
-    if different:
-        raise ValueError(
-            f"{workdir}: got a finished run with another {', '.join(different)}, wanted the same: name another "
-            "--workdir, or --overwrite"
-        )

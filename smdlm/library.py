@@ -14,7 +14,7 @@ import numpy as np
 from smdlm import command, experiment
 from smdlm.build import Experiment, assemble, make_sampler
 from smdlm.config import read
-from smdlm.data.run_tokenizer import tokenizer_of_run
+from smdlm.data.kept import tokenizer_of_run
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
@@ -45,7 +45,7 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
         )
     made = read(settings)
     mesh = MeshConfig(data=1).make(jax.devices()[:1])
-    assembled = assemble(made, tokenizer_of_run(made.data, workdir), mesh, None)
+    assembled = assemble(made, tokenizer_of_run(workdir, made.data.tokenizer), mesh, None)
     with jax.set_mesh(mesh):
         params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
     return Trained(assembled, params, step, settings)

@@ -8,7 +8,7 @@ the same command runs on each, with --distributed and a workdir that all of them
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from smdlm import command, experiment, startup
-from smdlm.build import Experiment, build
+from smdlm import command, experiment, identity, startup
+from smdlm.build import assemble, build
 from smdlm.config import Config
+from smdlm.data.kept import tokenizer_of_run
+from smdlm.files import local_path, owned
 from smdlm.io import report
 from smdlm.io.checkpoint import Checkpointer
-from smdlm.io.writer import Writer
+from smdlm.io.writer import Writer, unused_name
 
 
 def define_flags() -> None:
@@ -38,80 +40,77 @@ def define_flags() -> None:
 
 def main() -> None:
     given, config = flags.FLAGS, command.read_config()
-    startup.quiet()
-    startup.keep_memory()
+    workdir = local_path("--workdir", given.workdir or f"runs/{command.config_name()}")
+    startup.prepare(workdir.parent / "compiled")
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
-    workdir = Path(given.workdir or f"runs/{command.config_name()}")
     if given.mode != "eval":
         command.check_folder("--workdir", workdir)
-    startup.keep_compiled(workdir.parent / "compiled")
-    directory, chief = workdir / "checkpoints", jax.process_index() == 0
-    if given.overwrite and given.mode == "train" and directory.exists() and chief:
-        shutil.rmtree(directory)
-        (workdir / "summary.json").unlink(missing_ok=True)
     snapshot = json.loads(given.config.to_json_best_effort())
     startup.meet(workdir, config=snapshot, mode=given.mode)
     checkpointer = experiment.checkpointer_of(workdir, keep=config.train.keep)
     if given.mode == "train":
-        _train(config, workdir, checkpointer, snapshot)
+        _train(config, workdir, checkpointer, snapshot, given.overwrite)
     elif checkpointer.latest_step() is None:
         raise FileNotFoundError(
-            f"{given.mode}: got no checkpoint in {directory}, wanted a trained run: --mode=train first"
+            f"{given.mode}: got no checkpoint in {checkpointer.directory}, wanted a trained run: --mode=train first"
         )
+    elif given.mode == "eval":
+        _evaluate(config, workdir, checkpointer)
     else:
-        made = _build(config, workdir, checkpointer)
-        with jax.set_mesh(made.mesh):
-            (_evaluate if given.mode == "eval" else _sample)(made, workdir, checkpointer)
+        _sample(config, workdir, checkpointer)
     checkpointer.close()
 
 
-def _build(config: Config, workdir: Path, checkpointer: Checkpointer) -> Experiment:
-    made = build(config, workdir)
-    startup.meet(workdir, **_identity(made), checkpoint=checkpointer.latest_step())
-    return made
-
-
-def _identity(made: Experiment) -> dict[str, Any]:
-    return {"tokenizer": made.data.tokenizer.fingerprint, "content_hash": made.data.content_hash}
-
-
-def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: dict[str, Any]) -> None:
+def _train(
+    config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: dict[str, Any], overwrite: bool
+) -> None:
     chief = jax.process_index() == 0
-    summary = experiment.finished(workdir, checkpointer, config.updates)
-    if summary:
-        experiment.check_same_config(workdir, checkpointer.read_meta().get("config", snapshot), snapshot)
-        if chief:
-            print(f"{workdir} holds a finished run (--overwrite starts anew):")
-    else:
-        if config.train.init_from and checkpointer.latest_step() is None:
-            experiment.init_source(config.train.init_from)  # before the data is read
-        made = _build(config, workdir, checkpointer)
-        meta = {"config": snapshot, "model": dataclasses.asdict(made.denoiser.model), **_identity(made)}
+    if not overwrite:
+        identity.check_same_run(workdir, checkpointer, config)
+        if summary := experiment.finished(workdir, checkpointer, config.updates):
+            if chief:
+                print(f"{workdir} holds a finished run (--overwrite starts anew):")
+                print(report.summary(summary, workdir), flush=True)
+            return
+    if config.train.init_from and (overwrite or checkpointer.latest_step() is None):
+        experiment.init_source(config.train.init_from)  # before the data is read
+    with owned(workdir, "--workdir") if chief else contextlib.nullcontext():
+        if overwrite and chief:
+            shutil.rmtree(checkpointer.directory, ignore_errors=True)
+            (workdir / "summary.json").unlink(missing_ok=True)
+        made = build(config, workdir)
+        facts = {"tokenizer": made.vocabulary.fingerprint, "content_hash": made.data.content_hash}
+        startup.meet(workdir, **facts, checkpoint=checkpointer.latest_step())
+        identity.check_same_data(workdir, checkpointer, facts["content_hash"])
         with jax.set_mesh(made.mesh):
-            summary = experiment.train(made, workdir, checkpointer, meta)
+            summary = experiment.train(made, workdir, checkpointer, {"config": snapshot, **facts})
     if chief:
         print(report.summary(summary, workdir), flush=True)
 
 
-def _evaluate(made: Experiment, workdir: Path, checkpointer: Checkpointer) -> None:
-    omega = made.config.eval.omega
-    params, step = experiment.restore(made, checkpointer, omega)
-    weights = experiment.described_weights(omega)
-    values = experiment.evaluate(made, params)
+def _evaluate(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
+    made = build(config, workdir)
+    startup.meet(workdir, content_hash=made.data.content_hash, checkpoint=checkpointer.latest_step())
+    with jax.set_mesh(made.mesh):
+        params, step = experiment.restore(made, checkpointer, config.eval.omega)
+        values = experiment.evaluate(made, params)
     if jax.process_index() == 0:
+        weights = experiment.described_weights(config.eval.omega)
         print(f"checkpoint of step {step} in {checkpointer.directory}, {weights}\n\n{report.values_table(values)}")
         print(f"(validation, fixed masks, {weights}; ± is a 95 % interval)")
 
 
-def _sample(made: Experiment, workdir: Path, checkpointer: Checkpointer) -> None:
-    omega, chief = made.config.sampling.omega, jax.process_index() == 0
-    params, step = experiment.restore(made, checkpointer, omega)
-    sampled = experiment.sample(made, params)
-    writer = Writer(workdir, total_steps=step, enabled=chief)
-    writer.samples(f"step_{step:08d}", experiment.sample_records(made, sampled))
-    if chief:
-        weights = experiment.described_weights(omega)
-        print(f"checkpoint of step {step} in {checkpointer.directory}, {weights}")
+def _sample(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
+    made = assemble(config, tokenizer_of_run(workdir, config.data.tokenizer), config.mesh.make(), None)
+    startup.meet(workdir, checkpoint=checkpointer.latest_step())
+    with jax.set_mesh(made.mesh):
+        params, step = experiment.restore(made, checkpointer, config.sampling.omega)
+        sampled = experiment.sample(made, params)
+    if jax.process_index() == 0:
+        name = unused_name(workdir / "samples", f"step_{step:08d}_sample")
+        Writer(workdir, total_steps=step).samples(name, experiment.sample_records(made, sampled))
+        weights = experiment.described_weights(config.sampling.omega)
+        print(f"checkpoint of step {step} in {checkpointer.directory}, {weights}: samples/{name}.txt, .jsonl")
         print(report.samples(sampled.texts, sampled.forwards))
 
 

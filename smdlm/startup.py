@@ -17,10 +17,18 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from smdlm.files import local_path
 
-def quiet() -> None:
-    """Leaves out what jax says of every backend that is not there."""
+
+def prepare(compiled: Path) -> None:
+    """What every program does first, before anything touches a device. compiled: see `keep_compiled`."""
+    # INFO names every backend that is not there.
     stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)
+    if jax.config.jax_enable_x64:
+        logging.warning("JAX_ENABLE_X64 is set and is ignored: smdlm computes in 32 and 16 bits")
+        jax.config.update("jax_enable_x64", False)
+    keep_memory()
+    keep_compiled(compiled)
 
 
 def join_if(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -82,9 +90,11 @@ def keep_compiled(folder: Path) -> None:
 
     Several processes may share the folder. A folder or file that is broken costs a compilation and a warning, no more.
     """
-    chosen = os.environ.get("SMDLM_CACHE") or jax.config.jax_compilation_cache_dir or str(folder.absolute())
+    if given := os.environ.get("SMDLM_CACHE"):
+        given = str(local_path("SMDLM_CACHE", given))
+    chosen = given or jax.config.jax_compilation_cache_dir or str(folder.absolute())
     try:
-        if "://" not in chosen:
+        if "://" not in chosen:  # jax's own setting may name a bucket
             Path(chosen).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         logging.warning("compiled programs are not kept (%s): set SMDLM_CACHE to a folder that can be written", error)

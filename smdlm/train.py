@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smdlm.evaluate.base import Value
+from smdlm.files import local_path
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer
 from smdlm.mesh.rules import batch_sharding, replicated
@@ -54,6 +57,7 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
+        local_path("train.init_from", self.init_from)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):
@@ -70,8 +74,12 @@ class TrainConfig:
         return max(1, self.steps // 2) if self.update_budget == "iso_compute" and p_sm > 0 else self.steps
 
 
-class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or inf; the message names the steps."""
+class NonFinite(FloatingPointError):
+    """The loss or the weights became NaN or inf; the message names the steps."""
+
+
+class NotSaved(OSError):
+    """The weights of the last step are not on disk."""
 
 
 def make_train_step(
@@ -172,8 +180,9 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
     of a run without the interruption.
 
     Raises:
-      NonFiniteLoss: within one logging interval; nothing has been saved since the last finite log point.
-      SystemExit: after SIGTERM, with the state saved.
+      NonFinite: within one logging interval; nothing that is not finite has been saved.
+      NotSaved: the weights of the last step are not on disk.
+      SystemExit: after a signal, with the state saved.
     """
     config, writer, checkpointer = training.config, training.writer, training.checkpointer
     clock, pending = _Clock(training.tokens_per_batch), list(pending)
@@ -188,18 +197,23 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
                 continue
             pending = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
             values = {name: np.mean([metrics[name] for metrics in pending]) for name in pending[-1]}
-            _check_finite(values["train/loss"], step - len(pending) + 1, step, checkpointer)
+            if not np.isfinite(values["train/loss"]):
+                what = f"loss {values['train/loss']} between steps {step - len(pending) + 1} and {step}"
+                raise _non_finite(what, checkpointer)
             values["train/tokens_per_s"] = clock.stop()
             if log:
                 writer.scalars(step, values)
                 writer.progress(step, values)
                 pending = []
             if step % config.save_every == 0 or last or stopped:
+                # The loss of a step is of the weights before its update: it does not vouch for those after it.
+                if bad := non_finite(state):
+                    raise _non_finite(f"{bad} after step {step}", checkpointer)
                 data = {"next_index": step, "pending": list(pending)}
                 checkpointer.save(step, state, data=data, meta=training.meta())
             if stopped and not last:
-                checkpointer.wait()
                 writer.close()
+                check_saved(checkpointer, step)
                 logging.warning("stopped by a signal at step %d; the same command continues", step)
                 raise SystemExit(0)
             if config.eval_every and step % config.eval_every == 0 and not last:
@@ -208,12 +222,36 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
     return state, clock.tokens_per_s
 
 
-def _check_finite(loss: float, first: int, last: int, checkpointer: Checkpointer) -> None:
-    if not np.isfinite(loss):
-        checkpointer.wait()
-        raise NonFiniteLoss(
-            f"training: got loss {loss} between steps {first} and {last}, wanted a finite number: lower optimizer.lr "
-            f"or optimizer.clip; the last good checkpoint is step {checkpointer.latest_step()}"
+def _non_finite(what: str, checkpointer: Checkpointer) -> NonFinite:
+    checkpointer.wait()
+    newest = checkpointer.latest_step()
+    return NonFinite(
+        f"training: got {what}, wanted a finite number: lower optimizer.lr or optimizer.clip; "
+        + ("there is no checkpoint yet" if newest is None else f"the last good checkpoint is step {newest}")
+    )
+
+
+def non_finite(state: TrainState) -> str:
+    """Names of the parts of a state that hold NaN or inf, '' if none does; all processes must call it."""
+    parts = {"parameters": state.params, "EMA": state.ema, "optimizer state": state.opt_state}
+    finite = _finite(parts)
+    return ", ".join(f"non-finite {name}" for name in parts if not bool(finite[name]))
+
+
+@jax.jit
+def _finite(parts: dict[str, Any]) -> dict[str, jax.Array]:
+    every = lambda tree: jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return {name: every(tree) for name, tree in parts.items()}
+
+
+def check_saved(checkpointer: Checkpointer, step: int) -> None:
+    """Waits for the save under way. NotSaved unless the weights of this step are on disk then."""
+    checkpointer.wait()
+    newest = checkpointer.latest_step()
+    if newest != step:
+        raise NotSaved(
+            f"the weights of step {step} were not saved (newest: {'none' if newest is None else newest}): the warning "
+            "above says why; mend it and run the same command"
         )
 
 
@@ -250,28 +288,38 @@ class _Clock:
 
 
 class StopSignal:
-    """Notices SIGTERM, the notice of preemption on pods and clusters, inside a `with`.
+    """Notices SIGTERM (preemption on pods and clusters) and the first Ctrl-C, inside a `with`.
 
-    One process: a handler of its own, and whatever happens the one before is put back. Several: jax's, which hands the
-    notice to all processes and lets them agree on the step at which they stop.
+    One process: a handler of its own, and whatever happens the ones before are put back. Several: jax's, which hands
+    the notice to all processes and lets them agree on the step at which they stop. A second Ctrl-C ends at once.
     """
 
     def __init__(self):
-        self._requested = False
-        self._previous: Any = None
+        self._requested = self._interrupted = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         # Only the main thread may have handlers: in another one (a notebook, a test) nothing is noticed.
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._set)
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            if not jax.distributed.is_initialized():
+                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _set(self, *_: Any) -> None:
+    def _stop(self, *_: Any) -> None:
         self._requested = True
+
+    def _interrupt(self, *_: Any) -> None:
+        if self._interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self._interrupted = True
+        print("stopping after this update; Ctrl-C again ends at once, without a checkpoint", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; to be asked at every step, by every process."""

@@ -12,10 +12,10 @@ from conftest import assert_identical
 from tokenizers import models, pre_tokenizers
 
 from configs import owt_continue
-from smdlm.convert import __main__ as convert
-from smdlm.convert import files, mdlm
 from smdlm.build import build
 from smdlm.config import read
+from smdlm.convert import __main__ as convert
+from smdlm.convert import files, mdlm
 from smdlm.experiment import continue_from
 from smdlm.io.checkpoint import Checkpointer, CheckpointMismatch
 

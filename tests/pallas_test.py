@@ -9,7 +9,6 @@ import pytest
 from conftest import assert_close
 
 from smdlm.mesh import traced
-from smdlm.models import attention as attention_module
 from smdlm.models.attention import attention
 from smdlm.models.base import Head
 from smdlm.readout import Readout, exclude

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import MASK, READOUT, SOFTMASK, V, assert_identical, make_denoiser, make_params
 
-from smdlm.sampling.policies import POLICIES
 from smdlm.full_softmask import FullSoftMask
 from smdlm.ops.filters import Filters, inverse_cdf, nucleus_threshold
 from smdlm.readout import Draw
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler, uniforms
 from smdlm.sampling.policies import (
+    POLICIES,
     Ancestral,
     Cap,
     Confidence,

@@ -18,7 +18,7 @@ from smdlm.evaluate.base import Value
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.objective import NextToken, SoftMaskedDiffusion
 from smdlm.readout import Readout
-from smdlm.train import NonFiniteLoss, TrainConfig, Training, run
+from smdlm.train import NonFinite, TrainConfig, Training, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -254,12 +254,17 @@ def counting_step(bad=(), kind=math.nan):
     def step(state, batch):
         done = state.step + 1
         loss = kind if done in bad else 1.0
-        return types.SimpleNamespace(step=done), {"train/loss": jnp.float32(loss), "train/grad_norm": jnp.float32(2)}
+        return state_at(done), {"train/loss": jnp.float32(loss), "train/grad_norm": jnp.float32(2)}
 
     return step
 
 
-START = types.SimpleNamespace(step=0)
+def state_at(step):
+    """A state without a model."""
+    return types.SimpleNamespace(step=step, params={}, ema={}, opt_state={})
+
+
+START = state_at(0)
 
 
 def untimed(lines):
@@ -288,7 +293,7 @@ def test_resumed_run_is_the_straight_run(training, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(kind):
     """Within the logging interval, naming it; nothing is saved over the good checkpoint."""
     checkpointer = FakeCheckpointer()
-    with pytest.raises(NonFiniteLoss, match=r"between steps 7 and 9.*last good checkpoint is step 6") as error:
+    with pytest.raises(NonFinite, match=r"between steps 7 and 9.*last good checkpoint is step 6") as error:
         loop(counting_step({8}, kind), START, 30, log_every=3, save_every=3, checkpointer=checkpointer)
     assert [s for s, _ in checkpointer.saved] == [3, 6]
     assert "\n" not in str(error.value) and "wanted" in str(error.value)
@@ -297,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(kind):
 def test_a_single_bad_step_is_noticed_before_the_last_save():
     """The interval that ends the run is checked too."""
     checkpointer = FakeCheckpointer()
-    with pytest.raises(NonFiniteLoss, match="between steps 5 and 5"):
+    with pytest.raises(NonFinite, match="between steps 5 and 5"):
         loop(counting_step({5}), START, 5, checkpointer=checkpointer)
     assert [s for s, _ in checkpointer.saved] == [4]
 
@@ -320,7 +325,7 @@ def test_what_the_loop_writes_and_saves():
 
 
 def test_a_finished_run_does_nothing():
-    state, speed, writer, checkpointer = loop(counting_step(), types.SimpleNamespace(step=5), 5)
+    state, speed, writer, checkpointer = loop(counting_step(), state_at(5), 5)
     assert (state.step, speed, writer.lines, checkpointer.saved) == (5, 0.0, [], [])
 
 
@@ -345,7 +350,7 @@ def test_sigterm_saves_and_ends_with_status_zero():
     assert data["next_index"] == 9 and json.loads(json.dumps(data["pending"])) == [
         {"train/loss": 1.0, "train/grad_norm": 81.0}
     ]
-    loop(numbered, types.SimpleNamespace(step=9), 12, log_every=4, writer=writer, pending=data["pending"])
+    loop(numbered, state_at(9), 12, log_every=4, writer=writer, pending=data["pending"])
     loop(numbered, START, 12, log_every=4, writer=straight)
     assert untimed(writer.lines) == untimed(straight.lines)
 
@@ -357,9 +362,9 @@ def test_the_signal_handler_is_put_back():
 
 
 def test_the_signal_handler_is_put_back_after_a_bad_loss():
-    """A notebook or a caller that catches NonFiniteLoss ends on SIGTERM again."""
+    """A notebook or a caller that catches NonFinite ends on SIGTERM again."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFinite):
         loop(counting_step({1}), START, 3)
     assert signal.getsignal(signal.SIGTERM) is before
 

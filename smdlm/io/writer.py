@@ -9,6 +9,7 @@ Nothing here may end a run: whatever fails (full disk, missing package, closed p
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -172,6 +173,12 @@ class Writer:
         for name, value in values.items():
             self._tensorboard.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
         self._tensorboard.flush()
+
+
+def unused_name(folder: Path, stem: str) -> str:
+    """stem_1, stem_2, ...: the first for which no file is there; what was sampled before stays."""
+    taken = {path.stem for path in folder.glob(f"{stem}_*")}
+    return next(name for name in (f"{stem}_{number}" for number in itertools.count(1)) if name not in taken)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
