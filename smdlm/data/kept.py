@@ -51,8 +51,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise ValueError("another fingerprint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"tokenizer: got an unreadable {file} ({type(error).__name__}: {error}), wanted the tokenizer of a run: copy "
-            "it from the run, or train on"
+            f"tokenizer: got an unreadable {file} ({type(error).__name__}: {error}), wanted the tokenizer of a run: "
+            "copy it from the run, or train on"
         ) from error
     return tokenizer
 

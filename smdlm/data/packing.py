@@ -137,7 +137,7 @@ def read_manifest(folder: Path, prepare_command: str) -> dict:
         ) from error
     if problems:
         raise ValueError(
-            f"data: got {len(problems)} damaged shards in {printable(folder)} ({', '.join(problems)}), wanted the sizes "
-            f"of {MANIFEST}: delete the folder and run {prepare_command}"
+            f"data: got {len(problems)} damaged shards in {printable(folder)} ({', '.join(problems)}), wanted the "
+            f"sizes of {MANIFEST}: delete the folder and run {prepare_command}"
         )
     return manifest
