@@ -12,6 +12,8 @@ from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, wrap
 from smdlm.files import local_path
 
 MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>")
+# Of a vocabulary's control tokens, also where no file says so (a BERT's vocabulary of words has them as words).
+CONTROL_NAMES = (*MASK_NAMES, "[CLS]", "[SEP]", "[PAD]", "<pad>", "<|pad|>", "<s>", "</s>", "<bos>", "<eos>")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 HUB_REPO = "openai-community/gpt2"
 
@@ -106,7 +108,7 @@ def _content(token: object) -> str:
 
 
 def _special(config: dict) -> tuple[str, ...]:
-    """Tokens that the files name for a role (pad_token, image_token, ...) or flag, but for that of unknown words."""
+    """Names of control tokens: well-known, given a role (pad_token, image_token, ...) or flagged; not unk_token."""
     found = [value for key, value in config.items() if key.endswith("_token") and key != "unk_token"]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         several = config.get(key) or []
@@ -114,7 +116,7 @@ def _special(config: dict) -> tuple[str, ...]:
     decoder = (config.get("added_tokens_decoder") or {}).values()
     flagged = [token for token in decoder if isinstance(token, dict) and token.get("special")]
     unknown = _content(config.get("unk_token"))
-    names = {*map(_content, found), *(name for name in map(_content, flagged) if name != unknown)}
+    names = {*CONTROL_NAMES, *map(_content, found), *(name for name in map(_content, flagged) if name != unknown)}
     return tuple(sorted(names - {""}))
 
 
