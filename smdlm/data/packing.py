@@ -73,9 +73,11 @@ class ArrayBlocks(Sequence):
 class RecordBlocks(Sequence):
     """Blocks in ArrayRecord shards, one record each; each is read as int32 [seq_len]."""
 
-    def __init__(self, files: list[Path], dtype: np.dtype, seq_len: int):
-        self._files, self._dtype, self._seq_len = files, dtype, seq_len
-        self._shards = [_open_shard(file) for file in files]
+    def __init__(self, folder: Path, shards: list[dict], dtype: np.dtype, seq_len: int):
+        """shards: their lines of the manifest."""
+        self._dtype, self._seq_len = dtype, seq_len
+        self._files = [folder / shard["file"] for shard in shards]
+        self._shards = [_open_shard(file, shard["blocks"]) for file, shard in zip(self._files, shards, strict=True)]
         self._ends = list(itertools.accumulate(map(len, self._shards)))
 
     def __len__(self) -> int:
@@ -94,9 +96,12 @@ class RecordBlocks(Sequence):
         return np.frombuffer(record, self._dtype).astype(np.int32)
 
 
-def _open_shard(file: Path) -> grain.sources.ArrayRecordDataSource:
+def _open_shard(file: Path, blocks: int) -> grain.sources.ArrayRecordDataSource:
     with _naming(file):
-        return grain.sources.ArrayRecordDataSource([str(file)])
+        shard = grain.sources.ArrayRecordDataSource([str(file)])
+    if len(shard) != blocks:  # sizes are padded, so that many shards have the same
+        raise _damaged(file, f"{len(shard)} blocks instead of {blocks}")
+    return shard
 
 
 @contextlib.contextmanager

@@ -115,9 +115,9 @@ def _load_prepared(config: DataConfig) -> TextData:
             f"data: got {', '.join(wrong)}, wanted what {printable(folder)} was prepared with (tokenizer "
             f"{made['tokenizer']!r}): change the config or run {config.prepare_command()} with another --out"
         )
-    files = {split: [folder / shard["file"] for shard in shards] for split, shards in manifest["splits"].items()}
-    blocks = {split: RecordBlocks(files[split], np.dtype(manifest["dtype"]), config.seq_len) for split in files}
-    return TextData(blocks["train"], blocks["val"], tokenizer, manifest["content_hash"])
+    dtype, splits = np.dtype(manifest["dtype"]), manifest["splits"]
+    train, val = (RecordBlocks(folder, splits[split], dtype, config.seq_len) for split in ("train", "val"))
+    return TextData(train, val, tokenizer, manifest["content_hash"])
 
 
 class _LocalBatches:
