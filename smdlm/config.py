@@ -13,7 +13,8 @@ from typing import Any
 
 import ml_collections
 
-from smdlm.data.config import DataConfig
+from smdlm.data.config import KINDS, DataConfig
+from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate import EVALUATORS
 from smdlm.evaluate.base import Evaluator, check_omega
@@ -135,17 +136,20 @@ class Choice:
     Attributes:
       several: names joined by commas, for a tuple of objects.
       same_names: fields of one name mean the same in all classes, so that a file's value stays for another class.
+      target: the name is followed by a colon and the value of the class's first field ('jsonl:GLOB').
     """
 
     table: Mapping[str, type]
-    default: str
+    default: str | None
     several: bool = False
     same_names: bool = False
+    target: bool = False
 
 
 # In the order in which they are made: a class may ask for the section's own fields and for what was made before it.
 CHOICES: dict[str, dict[str, Choice]] = {
     "model": {"name": Choice(MODELS, "dit", same_names=True)},
+    "data": {"source": Choice(KINDS, None, same_names=True, target=True)},
     "softmask": {
         "gate": Choice(GATES, "entropy"),
         "mixer": Choice(MIXERS, "lerp"),
@@ -232,7 +236,8 @@ def _section(section: str, values: dict[str, Any]) -> Any:
     _refuse_unknown(section, values, [*common, *sorted(own)])
     made = _checked(section, cls, {k: v for k, v in values.items() if k in common and k not in choices}, skip=choices)
     for field, choice in choices.items():
-        objects = tuple(_object(section, c, values, made) for c in classes[field])
+        told = [values | (_behind_colon(c, values[field]) if choice.target else {}) for c in classes[field]]
+        objects = tuple(_object(section, c, v, made) for c, v in zip(classes[field], told, strict=True))
         made[field] = objects if choice.several else objects[0]
     return cls(**made)
 
@@ -241,8 +246,22 @@ def _classes(section: str, field: str, values: Mapping[str, Any]) -> list[type]:
     """The classes that a choice names."""
     choice = CHOICES[section][field]
     name = values.get(field, choice.default)
+    if choice.target and name is None and field not in values:
+        raise ValueError(f"config.{section}: got no {field}, wanted {spelled(choice.table)}")
+    if choice.target:
+        return [_class_before_colon(f"{section}.{field}", name, choice.table)]
     names = name.split(",") if choice.several and isinstance(name, str) else [name]
     return [pick(f"{section}.{field}", name, choice.table) for name in names]
+
+
+def _class_before_colon(field: str, spec: Any, table: Mapping[str, type]) -> type:
+    """The class of 'name:target'."""
+    if not isinstance(spec, str):
+        raise ValueError(f"config.{field}: got {spec!r}, wanted str: {spelled(table)}")
+    name, _, target = spec.partition(":")
+    if name not in table or not target:
+        raise ValueError(f"{field}: got {spec!r}, wanted {spelled(table)}")
+    return table[name]
 
 
 def _meant_for_another(section: str, field: str, values: Mapping[str, Any]) -> set[str]:
@@ -259,11 +278,16 @@ def _object(section: str, cls: type, values: dict[str, Any], made: dict[str, Any
     return cls(**_checked(section, cls, {k: v for k, v in values.items() if k in names and k not in shared}, shared))
 
 
+def _behind_colon(cls: type, spec: str) -> dict[str, str]:
+    """{first field of the class: what stands behind the colon}."""
+    return {dataclasses.fields(cls)[0].name: spec.partition(":")[2]}
+
+
 def _own_fields(section: str, *classes: type) -> set[str]:
-    """Fields of the classes that are no fields of the section itself."""
-    return {f.name for c in classes for f in dataclasses.fields(c)} - {
-        f.name for f in dataclasses.fields(SECTIONS[section])
-    }
+    """Fields of the classes that are no fields of the section itself and stand behind no colon."""
+    with_target = {c for choice in CHOICES.get(section, {}).values() if choice.target for c in choice.table.values()}
+    names = {f.name for c in classes for f in (own_fields(c) if c in with_target else dataclasses.fields(c))}
+    return names - {f.name for f in dataclasses.fields(SECTIONS[section])}
 
 
 def _refuse_unknown(section: str, values: Mapping[str, Any], known: Collection[str]) -> None:

@@ -1,54 +1,64 @@
 """What to read, how to split and pack it: the one dataclass that describes a data set."""
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 
-from smdlm.data import corpus
+from smdlm.data.readers import printable
+from smdlm.data.sources import SOURCES, Source, own_fields
 from smdlm.data.tokenizer import check_spec
+from smdlm.files import local_path
 
-READABLE = "'stdlib:docstrings' | 'stdlib:source' | 'text:GLOB' | 'jsonl:GLOB' | 'tfds:NAME'"
-SOURCES = f"{READABLE} | 'prepared:DIR'"
 FRAMINGS = ("stream", "bos_eos")
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Blocks that `smdlm.data.prepare` wrote into a folder: no documents, so nothing is left to split or tokenise."""
+
+    folder: str
+
+    def __post_init__(self):
+        local_path("data.source", self.folder)
+
+
+# What may stand before the colon of config.data.source.
+KINDS: dict[str, type] = {**SOURCES, "prepared": Prepared}
+
+
+def spec_of(source: Source | Prepared) -> str:
+    """'kind:target', as a config spells it."""
+    kind = next(kind for kind, cls in KINDS.items() if type(source) is cls)
+    return f"{kind}:{getattr(source, dataclasses.fields(source)[0].name)}"
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """A data set.
+    """config.data; the fields of the source (field, train_split, ...) stand beside these.
 
     Attributes:
-      source: one of SOURCES. A file of 'text' is a document, a line of 'jsonl' (.jsonl, .jsonl.gz) is a document.
+      source: of KINDS; a config spells it 'kind:target'.
       tokenizer: a spec of `smdlm.data.tokenizer.make_tokenizer`.
       seq_len: tokens in a block.
       batch_size: blocks in a batch, over all processes.
       framing: 'stream' cuts documents joined by EOS into blocks; 'bos_eos' cuts the same stream into pieces of
         seq_len - 2 tokens and puts BOS before and EOS after each, as the MDLM reference does for OpenWebText.
-      val_fraction: share of the documents that a hash of their name sends to validation. A 'text' source of a single
-        file gives the last part of that file.
+      val_fraction: share of the documents that a hash of their name sends to validation. A source of a single document
+        gives the last part of it.
       val_documents: when positive, the last so many documents are validation instead.
-      field: name of the text in a 'jsonl' or 'tfds' example.
-      train_split: the 'tfds' split to read.
-      val_split: the 'tfds' split that is validation; '' takes validation from `train_split` by the rules above.
       seed: of the shuffle.
     """
 
-    source: str
+    source: Source | Prepared
     tokenizer: str
     seq_len: int
     batch_size: int
     framing: str = "stream"
     val_fraction: float = 0.05
     val_documents: int = 0
-    field: str = "text"
-    train_split: str = "train"
-    val_split: str = ""
     seed: int = 0
 
     def __post_init__(self):
-        kind, target = self.kind, self.target
-        if kind not in ("stdlib", "text", "jsonl", "tfds", "prepared") or not target:
-            raise ValueError(f"data.source: got {self.source!r}, wanted {SOURCES}")
-        if kind == "stdlib" and target not in corpus.PARTS:
-            raise ValueError(f"data.source: got {self.source!r}, wanted 'stdlib:docstrings' | 'stdlib:source'")
         check_spec(self.tokenizer)
         if self.framing not in FRAMINGS:
             raise ValueError(f"data.framing: got {self.framing!r}, wanted one of {FRAMINGS}")
@@ -63,28 +73,16 @@ class DataConfig:
             raise ValueError(f"data.val_documents: got {self.val_documents}, wanted 0 (use val_fraction) or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed: got {self.seed}, wanted 0 <= seed < 2**32")
-        if not self.field or not self.train_split:
-            raise ValueError("data.field, data.train_split: got an empty name, wanted e.g. 'text' and 'train'")
-
-    @property
-    def kind(self) -> str:
-        """What stands before the colon of the source."""
-        return self.source.partition(":")[0]
-
-    @property
-    def target(self) -> str:
-        """What stands after the colon of the source."""
-        return self.source.partition(":")[2]
 
     def prepare_command(self) -> str:
         """The command that prepares this data set (with placeholders where only the user knows)."""
-        prepared = self.kind == "prepared"
-        source = "jsonl:GLOB" if prepared else self.source
-        return " ".join(
-            [
-                "python -m smdlm.data.prepare",
-                f"--source={shlex.quote(source)} --tokenizer={shlex.quote(self.tokenizer)}",
-                f"--seq_len={self.seq_len} --framing={self.framing}",
-                f"--out={shlex.quote(self.target) if prepared else 'DIR'}",
-            ]
-        )
+        prepared = isinstance(self.source, Prepared)
+        flags = {"source": "jsonl:GLOB" if prepared else spec_of(self.source), "tokenizer": self.tokenizer}
+        flags |= {"seq_len": self.seq_len, "framing": self.framing}
+        if not prepared:
+            own = {field.name: getattr(self.source, field.name) for field in own_fields(type(self.source))}
+            defaults = {field.name: field.default for field in own_fields(type(self.source))}
+            flags |= {name: value for name, value in own.items() if value != defaults[name]}
+        out = shlex.quote(self.source.folder) if prepared else "DIR"
+        given = [f"--{name}={shlex.quote(str(value))}" for name, value in flags.items()]
+        return printable(" ".join(["python -m smdlm.data.prepare", *given, f"--out={out}"]))

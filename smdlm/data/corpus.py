@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from smdlm.data.readers import key_bytes
+
 PARTS = ("docstrings", "source")
 # Tests; packages of others; and files that a program wrote: character maps, the help topics of pydoc and the record
 # of how this interpreter was built, which is different on every machine.
@@ -68,4 +70,4 @@ def _owners(node: ast.AST) -> Iterator[ast.AST]:
 
 def share(key: str) -> float:
     """A number in [0, 1) that depends on nothing but `key`: below the validation share means validation."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:7], "big") / 2**56
+    return int.from_bytes(hashlib.sha256(key_bytes(key)).digest()[:7], "big") / 2**56

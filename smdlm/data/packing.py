@@ -1,14 +1,18 @@
 """Blocks: documents joined by EOS, cut to one length, kept in memory or in ArrayRecord shards."""
 
-import hashlib
+import bisect
+import contextlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from smdlm.data.readers import printable
 from smdlm.data.vocabulary import Tokenizer
+from smdlm.files import one_line
 
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -69,16 +73,52 @@ class ArrayBlocks(Sequence):
 class RecordBlocks(Sequence):
     """Blocks in ArrayRecord shards, one record each; each is read as int32 [seq_len]."""
 
-    def __init__(self, files: list[Path], dtype: np.dtype):
-        self._records, self._dtype = grain.sources.ArrayRecordDataSource([str(file) for file in files]), dtype
+    def __init__(self, folder: Path, shards: list[dict], dtype: np.dtype, seq_len: int):
+        """shards: their lines of the manifest."""
+        self._dtype, self._seq_len = dtype, seq_len
+        self._files = [folder / shard["file"] for shard in shards]
+        self._shards = [_open_shard(file, shard["blocks"]) for file, shard in zip(self._files, shards, strict=True)]
+        self._ends = list(itertools.accumulate(map(len, self._shards)))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):  # a sequence ends with IndexError, which the reader below does not raise
+        """ValueError that names the shard if it is damaged."""
+        if not 0 <= index < len(self):  # a sequence ends with IndexError
             raise IndexError(index)
-        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+        number = bisect.bisect_right(self._ends, index)
+        shard, file = self._shards[number], self._files[number]
+        with _naming(file):
+            record = shard[index - self._ends[number] + len(shard)]
+        if len(record) != self._seq_len * self._dtype.itemsize:
+            raise _damaged(file, f"a block of {len(record)} bytes")
+        return np.frombuffer(record, self._dtype).astype(np.int32)
+
+
+def _open_shard(file: Path, blocks: int) -> grain.sources.ArrayRecordDataSource:
+    with _naming(file):
+        shard = grain.sources.ArrayRecordDataSource([str(file)])
+    if len(shard) != blocks:  # sizes are padded, so that many shards have the same
+        raise _damaged(file, f"{len(shard)} blocks instead of {blocks}")
+    return shard
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Whatever the reader of ArrayRecord raises inside becomes a ValueError that names the shard."""
+    try:
+        yield
+    except Exception as error:
+        raise _damaged(file, one_line(error)) from error
+
+
+def _damaged(file: Path, cause: str) -> ValueError:
+    return ValueError(
+        f"data: got a damaged shard {printable(file)} ({cause}), wanted what was prepared: python -m "
+        f"smdlm.data.prepare --verify --out={printable(file.parent)} lists all of them; delete the folder and prepare "
+        "it again"
+    )
 
 
 def read_manifest(folder: Path, prepare_command: str) -> dict:
@@ -86,7 +126,7 @@ def read_manifest(folder: Path, prepare_command: str) -> dict:
     file = folder / MANIFEST
     if not file.is_file():
         state = "unfinished" if (folder / "progress.json").exists() else "not prepared"
-        raise ValueError(f"data: got no {file} ({state}), wanted prepared data: run {prepare_command}")
+        raise ValueError(f"data: got no {printable(file)} ({state}), wanted prepared data: run {prepare_command}")
     try:
         manifest = json.loads(file.read_text("utf-8"))
         shards = [shard for split in ("train", "val") for shard in manifest["splits"][split]]
@@ -97,16 +137,12 @@ def read_manifest(folder: Path, prepare_command: str) -> dict:
             if size != shard["bytes"]:
                 problems.append(f"{shard['file']} ({'missing' if size is None else f'{size} bytes'})")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data: got an unreadable {file} ({error!r}): delete it and run {prepare_command}") from error
+        raise ValueError(
+            f"data: got an unreadable {printable(file)} ({error!r}): delete it and run {prepare_command}"
+        ) from error
     if problems:
         raise ValueError(
-            f"data: got {len(problems)} damaged shards in {folder} ({', '.join(problems)}), wanted the sizes of "
-            f"{MANIFEST}: delete the folder and run {prepare_command}"
+            f"data: got {len(problems)} damaged shards in {printable(folder)} ({', '.join(problems)}), wanted the "
+            f"sizes of {MANIFEST}: delete the folder and run {prepare_command}"
         )
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

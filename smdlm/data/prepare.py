@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from smdlm.data.config import FRAMINGS, READABLE, DataConfig
-from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, file_sha256, read_manifest, too_short
-from smdlm.data.sources import Source, make_source, with_splits
+from smdlm import files
+from smdlm.data.config import FRAMINGS, DataConfig, spec_of
+from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, read_manifest, too_short
+from smdlm.data.sources import SOURCES, make_source, own_fields, spelled
+from smdlm.data.split import Account, with_splits
 from smdlm.data.tokenizer import SPECS, bpe_tokenizer, make_tokenizer
 from smdlm.data.vocabulary import Tokenizer, grouped
 
@@ -54,18 +56,19 @@ def prepare(config: DataConfig, output: Output) -> dict:
     Raises:
       ValueError: bad source (see `smdlm.data.text.load`), or the folder holds a preparation with other settings.
     """
-    source = make_source(config)
+    settings = _settings(config, output)
     output.folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(config, output, source)
     progress = _read_progress(output.folder, settings)
-    tokenizer = _tokenizer(config, output.folder, source)
+    tokenizer = _tokenizer(config, output.folder)
     if (output.folder / MANIFEST).exists():
         (output.folder / PROGRESS).unlink(missing_ok=True)
         print(f"{output.folder} is already prepared", flush=True)
         return read_manifest(output.folder, config.prepare_command())
-    job = _Job(config, output, source, tokenizer, progress)
+    job = _Job(config, output, tokenizer, progress)
     for split in ("val", "train"):
         job.write_split(split)
+    for line in job.account.warnings(tokenizer):
+        print(f"warning: {line}", file=sys.stderr)
     shards = {split: progress["splits"][split]["shards"] for split in ("train", "val")}
     blocks = {split: sum(shard["blocks"] for shard in shards[split]) for split in shards}
     checksums = "".join(shard["sha256"] for split in shards for shard in shards[split])
@@ -79,7 +82,7 @@ def prepare(config: DataConfig, output: Output) -> dict:
         "content_hash": hashlib.sha256(checksums.encode()).hexdigest(),
         "splits": shards,
     }
-    _write_json(output.folder / MANIFEST, manifest)
+    files.write_json(output.folder / MANIFEST, manifest)
     (output.folder / PROGRESS).unlink()
     return manifest
 
@@ -88,7 +91,7 @@ def verify(folder: Path) -> None:
     """ValueError that lists every shard whose checksum is not the manifest's."""
     manifest = read_manifest(folder, "python -m smdlm.data.prepare")
     shards = [shard for split in manifest["splits"].values() for shard in split]
-    wrong = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
+    wrong = [shard["file"] for shard in shards if files.sha256(folder / shard["file"]) != shard["sha256"]]
     if wrong:
         raise ValueError(f"data: got other checksums for {', '.join(wrong)}, wanted those of {folder / MANIFEST}")
 
@@ -96,8 +99,8 @@ def verify(folder: Path) -> None:
 class _Job:
     """One preparation: the loop over documents of a split, and the place in it where the next shard begins."""
 
-    def __init__(self, config: DataConfig, output: Output, source: Source, tokenizer: Tokenizer, progress: dict):
-        self.config, self.source, self.tokenizer, self.progress = config, source, tokenizer, progress
+    def __init__(self, config: DataConfig, output: Output, tokenizer: Tokenizer, progress: dict):
+        self.config, self.tokenizer, self.progress, self.account = config, tokenizer, progress, Account()
         self.folder, self.max_bytes = output.folder, output.max_gb * 1e9
         self.dtype = block_dtype(tokenizer)
         self.block_bytes = config.seq_len * self.dtype.itemsize
@@ -125,7 +128,7 @@ class _Job:
                 wanted -= 1
                 if shard.blocks == self.blocks_per_shard or wanted < 1:
                     state |= {"document": index, "offset": done, "shards": [*state["shards"], shard.close()]}
-                    _write_json(self.folder / PROGRESS, self.progress)
+                    files.write_json(self.folder / PROGRESS, self.progress)
                     written += shard.blocks
                     rate = written * self.config.seq_len / max(time.time() - began, 1e-9)
                     print(f"{shard.name}: {shard.blocks:,} blocks, {rate:,.0f} tokens/s", flush=True)
@@ -138,7 +141,7 @@ class _Job:
         if not state["shards"]:
             raise too_short(split, len(packer.waiting), self.config.seq_len)
         state["done"] = True
-        _write_json(self.folder / PROGRESS, self.progress)
+        files.write_json(self.folder / PROGRESS, self.progress)
 
     def _room(self, split: str) -> float:
         """Blocks that the next shard may hold under --max-gb."""
@@ -152,16 +155,14 @@ class _Job:
     def _stream(self, split: str, first: int, packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
         """(number in the source, tokens with EOS) of the documents of a split from number `first` on."""
         for group in grouped(self._texts(split, first), lambda item: len(item[1]), 2**20):
-            encoded = self.tokenizer.encode_batch([text for _, text in group])
+            encoded = self.account.encode(self.tokenizer, [text for _, text in group])
             for (index, _), tokens in zip(group, encoded, strict=True):
                 yield index, packer.document(tokens)
 
     def _texts(self, split: str, first: int) -> Iterator[tuple[int, str]]:
-        for index, (owner, document) in enumerate(with_splits(self.config, self.source)):
-            if owner == split and index >= first:
-                text = self.source.text(document)
-                if text.strip():
-                    yield index, text
+        for index, (owner, document) in enumerate(with_splits(self.config)):
+            if owner == split and index >= first and (text := self.account.text(document)):
+                yield index, text
 
 
 class _Shard:
@@ -183,30 +184,36 @@ class _Shard:
         self._writer.close()
         os.replace(self._temporary, self._file)
         size = self._file.stat().st_size
-        return {"file": self.name, "blocks": self.blocks, "bytes": size, "sha256": file_sha256(self._file)}
+        return {"file": self.name, "blocks": self.blocks, "bytes": size, "sha256": files.sha256(self._file)}
 
 
-def _settings(config: DataConfig, output: Output, source: Source) -> dict:
+def _settings(config: DataConfig, output: Output) -> dict:
     """Everything that decides what is written: a run goes on only where all of it is the same."""
     settings = dataclasses.asdict(config)
-    for key in ("batch_size", "seed"):  # these belong to reading
+    for key in ("source", "batch_size", "seed"):  # the last two belong to reading
         del settings[key]
-    return settings | {"documents": source.identity(), "shard_mb": output.shard_mb, "max_gb": output.max_gb}
+    beside = {field.name: getattr(config.source, field.name) for field in own_fields(type(config.source))}
+    settings = {"source": spec_of(config.source), **settings, **beside}
+    return settings | {"documents": config.source.identity(), "shard_mb": output.shard_mb, "max_gb": output.max_gb}
 
 
-def _tokenizer(config: DataConfig, folder: Path, source: Source) -> Tokenizer:
+def _tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     if not config.tokenizer.startswith("bpe:"):
         return make_tokenizer(config.tokenizer)
-    train = (source.text(document) for split, document in with_splits(config, source) if split == "train")
-    return bpe_tokenizer(int(config.tokenizer[4:]), train, folder / TOKENIZER_FILE)
+    account = Account()  # of its own: the same documents are counted when they are written
+    train = (account.text(document) for split, document in with_splits(config) if split == "train")
+    return bpe_tokenizer(int(config.tokenizer[4:]), (text for text in train if text), folder / TOKENIZER_FILE)
 
 
 def _read_progress(folder: Path, settings: dict) -> dict:
     """The progress of a run with the same settings, or that of a new one."""
     for name in (MANIFEST, PROGRESS):
         if (folder / name).exists():
-            progress = json.loads((folder / name).read_text("utf-8"))
-            there = progress["settings"]
+            try:
+                progress = json.loads((folder / name).read_text("utf-8"))
+                there = progress["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"--out: got an unreadable {folder / name} ({error!r}): delete the folder") from error
             differing = [key for key in settings if there.get(key) != settings[key]]
             other = [f"{key} {settings[key]!r} (there: {there.get(key)!r})" for key in differing]
             if other:
@@ -217,47 +224,64 @@ def _read_progress(folder: Path, settings: dict) -> dict:
             return progress
     start = {"document": 0, "offset": 0, "shards": [], "done": False}
     progress = {"settings": settings, "splits": {"val": dict(start), "train": dict(start)}}
-    _write_json(folder / PROGRESS, progress)
+    files.write_json(folder / PROGRESS, progress)
     return progress
 
 
-def _write_json(file: Path, value: dict) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    os.replace(temporary, file)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m smdlm.data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument("--verify", action="store_true", help="only check the checksums of what --out holds")
+    parser.add_argument("--source", default="", help=spelled(SOURCES))
+    parser.add_argument("--tokenizer", default="gpt2", help=SPECS)
+    parser.add_argument(*_spellings("seq_len"), type=int, default=1024, help="tokens in a block")
+    parser.add_argument("--framing", choices=FRAMINGS, default="stream", help="bos_eos as in the MDLM reference")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument(*_spellings("val_fraction"), type=float, default=DataConfig.val_fraction)
+    held_out.add_argument(*_spellings("val_documents"), type=int, default=0, help="the last N documents")
+    for name, kinds in _source_flags().items():
+        parser.add_argument(*_spellings(name), help=f"of {', '.join(kinds)}; as config.data.{name}")
+    parser.add_argument(*_spellings("shard_mb"), type=float, default=Output.shard_mb, help="MiB per shard")
+    parser.add_argument(*_spellings("max_gb"), type=float, default=Output.max_gb, help="GB of output, 0: no limit")
+    return parser
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """'--seq-len' and '--seq_len'; one where they are the same."""
+    return tuple(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
+
+
+def _source_flags() -> dict[str, list[str]]:
+    """{field: kinds of source that have it}."""
+    found: dict[str, list[str]] = {}
+    for kind, cls in SOURCES.items():
+        for field in own_fields(cls):
+            found.setdefault(field.name, []).append(kind)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status, 2 with one line on stderr for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m smdlm.data.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--verify", action="store_true", help="only check the checksums of what --out holds")
-    parser.add_argument("--source", help=READABLE)
-    parser.add_argument("--tokenizer", default="gpt2", help=SPECS)
-    parser.add_argument("--seq-len", "--seq_len", type=int, default=1024, help="tokens in a block")
-    parser.add_argument("--framing", choices=FRAMINGS, default="stream", help="bos_eos as in the MDLM reference")
-    held_out = parser.add_mutually_exclusive_group()
-    held_out.add_argument("--val-fraction", "--val_fraction", type=float, default=DataConfig.val_fraction)
-    held_out.add_argument("--val-documents", "--val_documents", type=int, default=0, help="the last N documents")
-    parser.add_argument("--field", default=DataConfig.field, help="name of the text in a jsonl or tfds example")
-    parser.add_argument("--train-split", "--train_split", default=DataConfig.train_split, help="of tfds")
-    parser.add_argument("--val-split", "--val_split", default=DataConfig.val_split, help="of tfds, '' to split train")
-    parser.add_argument("--shard-mb", "--shard_mb", type=float, default=Output.shard_mb, help="MiB per shard")
-    parser.add_argument("--max-gb", "--max_gb", type=float, default=Output.max_gb, help="GB of output, 0: no limit")
-    values = vars(parser.parse_args(argv))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is ASCII must not end hours of work at a file's name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    values = vars(_parser().parse_args(argv))
     try:
-        out = values.pop("out").expanduser()
+        out = files.local_path("--out", values.pop("out"))
         output = Output(out, values.pop("shard_mb"), values.pop("max_gb"))
+        given = {name: value for name in _source_flags() if (value := values.pop(name)) is not None}
         if values.pop("verify"):
             verify(out)
             print(f"{out}: all checksums match")
             return 0
-        if not values["source"] or values["source"].startswith("prepared:"):
-            raise ValueError(f"--source: got {values['source']!r}, wanted {READABLE}")
-        manifest = prepare(DataConfig(**values, batch_size=1), output)
+        source = make_source(values.pop("source"), given)
+        manifest = prepare(DataConfig(source=source, batch_size=1, **values), output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
     tokens = ", ".join(f"{split} {count:,} tokens" for split, count in manifest["tokens"].items())
     print(f"{out}: {tokens}; use it with data.source='prepared:{out}'")
     return 0

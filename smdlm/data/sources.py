@@ -1,217 +1,230 @@
-"""Documents of a source, in a fixed order, each with the split it belongs to; texts are read one at a time."""
+"""Where documents come from. A new source is one class here with its entry in SOURCES.
 
+A source is a frozen dataclass behind the protocol `Source`. Its first field is what stands behind the colon of
+config.data.source ('jsonl:owt/*.jsonl' is Jsonl('owt/*.jsonl')); its other fields are fields of config.data beside it,
+and flags of `smdlm.data.prepare`.
+"""
+
+import dataclasses
 import functools
-import glob
-import gzip
-import hashlib
 import json
-import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from smdlm.data import corpus
-from smdlm.data.config import DataConfig
+from smdlm.data.readers import matching_files, printable, read_records, read_text, sizes
+from smdlm.files import local_path, one_line
 
 MAX_FILE_BYTES = 2**30
 
 
-class Document(NamedTuple):
-    """A document that is not read yet."""
+class NoText(ValueError):
+    """A record without text where one was to be expected; among others with text it is left out and counted."""
 
-    key: str  # a name that does not depend on the machine; the split hashes it
-    ref: object  # what the source needs to read it
-    split: str = ""  # 'train' or 'val' where the source says so
+
+class Document(NamedTuple):
+    """A document that is not read yet.
+
+    key: a name that does not depend on the machine; the split hashes it.
+    read: the text. NoText where it is missing, '' where a document rightly has none (a module without docstrings), and
+      another ValueError, with the document's name in it, where it is damaged.
+    split: 'train' or 'val' where the source says so.
+    """
+
+    key: str
+    read: Callable[[], str]
+    split: str = ""
 
 
 class Source(Protocol):
-    """An ordered set of documents."""
+    """An ordered set of documents. Made while a config is read: it looks at no file before `documents`."""
 
     def documents(self) -> Iterator[Document]:
-        """All documents, cheaply: without parsing or decoding them where that can be avoided."""
-
-    def text(self, document: Document) -> str:
-        """The text; ValueError naming the document when it cannot be read."""
+        """All documents, cheaply: without parsing or decoding them. ValueError if there are none."""
+        ...
 
     def identity(self) -> str:
         """Changes when the documents do, as far as names and sizes tell."""
+        ...
 
 
-def make_source(config: DataConfig) -> Source:
-    """The source of a config whose kind is not 'prepared'; ValueError when nothing is there."""
-    if config.kind == "stdlib":
-        return StdlibSource(config.target)
-    if config.kind == "text":
-        return TextSource(config.target, 0.0 if config.val_documents else config.val_fraction)
-    if config.kind == "jsonl":
-        return JsonlSource(config.target, config.field)
-    return TfdsSource(config)
+@dataclass(frozen=True)
+class Stdlib:
+    """The standard library of the running Python, a document a file: its 'docstrings' or its 'source'."""
 
+    part: str
 
-def with_splits(config: DataConfig, source: Source) -> Iterator[tuple[str, Document]]:
-    """('train' or 'val', document) in the order of the source."""
-    first_of_val = None
-    if config.val_documents:
-        total = _count(source)
-        first_of_val = total - config.val_documents
-        if first_of_val < 1:
-            raise ValueError(f"data.val_documents: got {config.val_documents}, wanted fewer than the {total} documents")
-    for index, document in enumerate(source.documents()):
-        if document.split:
-            yield document.split, document
-        elif first_of_val is not None:
-            yield ("val" if index >= first_of_val else "train"), document
-        else:
-            yield ("val" if corpus.share(document.key) < config.val_fraction else "train"), document
-
-
-@functools.lru_cache(maxsize=1)
-def _count(source: Source) -> int:
-    return sum(1 for _ in source.documents())
-
-
-class StdlibSource:
-    """Source code or docstrings of the running Python's standard library."""
-
-    def __init__(self, part: str):
-        self.part = part
+    def __post_init__(self):
+        if self.part not in corpus.PARTS:
+            wanted = " | ".join(f"'stdlib:{part}'" for part in corpus.PARTS)
+            raise ValueError(f"data.source: got 'stdlib:{self.part}', wanted {wanted}")
 
     def documents(self) -> Iterator[Document]:
-        return (Document(name, path) for name, path in corpus.files())
-
-    def text(self, document: Document) -> str:
-        return corpus.document_text(document.ref, self.part)
+        for name, path in corpus.files():
+            yield Document(name, functools.partial(corpus.document_text, path, self.part))
 
     def identity(self) -> str:
-        return f"{platform.python_version()} {_sizes(corpus.files())}"
+        return f"{platform.python_version()} {sizes(corpus.files())}"
 
 
-class TextSource:
-    """Plain UTF-8 files; a single file is cut at a line end, its last part being validation."""
+@dataclass(frozen=True)
+class Text:
+    """Plain UTF-8 files, each of them one document."""
 
-    def __init__(self, pattern: str, single_file_val_fraction: float):
-        self.files = _matching_files(pattern)
-        self.cut = 1 - single_file_val_fraction if len(self.files) == 1 and single_file_val_fraction else None
-        for name, path in self.files:
+    glob: str
+
+    def __post_init__(self):
+        local_path("data.source", self.glob)
+
+    def documents(self) -> Iterator[Document]:
+        files = matching_files("data.source", self.glob)
+        for name, path in files:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise ValueError(
-                    f"data.source: got a file of {path.stat().st_size / 2**30:.1f} GiB ({name}), wanted at most 1: a "
-                    "text file is one document and is read whole; split it or write one JSON line per document"
+                    f"data.source: got a file of {path.stat().st_size / 2**30:.1f} GiB ({printable(name)}), wanted at "
+                    "most 1: a text file is one document and is read whole; split it or write one JSON line per "
+                    "document"
                 )
+        for name, path in files:
+            yield Document(name, functools.partial(self._read, path))
 
-    def documents(self) -> Iterator[Document]:
-        if self.cut is None:
-            return (Document(name, (path, "")) for name, path in self.files)
-        name, path = self.files[0]
-        return (Document(f"{name}#{split}", (path, split), split) for split in ("train", "val"))
-
-    def text(self, document: Document) -> str:
-        path, split = document.ref
-        text = _decode(path)
-        if not split:
-            return text
-        end = text.find("\n", int(len(text) * self.cut)) + 1 or int(len(text) * self.cut)
-        return text[:end] if split == "train" else text[end:]
+    def _read(self, path: Path) -> str:
+        text = read_text(path)
+        if not text.strip():
+            raise NoText(f"data: got an empty file {printable(path)}, wanted text")
+        return text
 
     def identity(self) -> str:
-        return _sizes(self.files)
+        return sizes(matching_files("data.source", self.glob))
 
 
-class JsonlSource:
-    """One JSON object per line, its text under `field`; files may be gzipped."""
+@dataclass(frozen=True)
+class Jsonl:
+    """Files of JSON lines (.jsonl, .jsonl.gz), each line one document: an object with its text under `field`.
 
-    def __init__(self, pattern: str, field: str):
-        self.files, self.field = _matching_files(pattern), field
+    What stands inside a JSON string is the author's text and stays as it is, carriage returns too.
+    """
+
+    glob: str
+    field: str = "text"
+
+    def __post_init__(self):
+        local_path("data.source", self.glob)
+        if not self.field:
+            raise ValueError("data.field: got '', wanted the name of the text, e.g. 'text'")
 
     def documents(self) -> Iterator[Document]:
-        for name, path in self.files:
-            opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-            try:
-                with opened as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield Document(f"{name}:{number}", line)
-            except OSError as error:
-                raise ValueError(f"data: got an unreadable {path} ({error}), wanted JSON lines") from error
+        for name, path in matching_files("data.source", self.glob):
+            for number, line in read_records(path):
+                key = f"{name}:{number}"
+                yield Document(key, functools.partial(self._read, key, line))
 
-    def text(self, document: Document) -> str:
+    def _read(self, key: str, line: bytes) -> str:
         try:
-            example = json.loads(document.ref)
-        except ValueError as error:
-            raise ValueError(f"data: got a line that is not JSON at {document.key} ({error})") from error
-        if not isinstance(example, dict) or not isinstance(example.get(self.field), str):
-            got = f"a {type(example).__name__}"
-            if isinstance(example, dict):
-                got = f"fields { {key: type(value).__name__ for key, value in sorted(example.items())} }"
-            raise ValueError(f"data: got {got} at {document.key}, wanted text in {self.field!r}: set data.field")
-        # JSON can spell lone surrogates, which UTF-8 cannot hold.
-        return example[self.field].encode("utf-8", errors="replace").decode("utf-8")
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"data: got a line that is not JSON at {printable(key)} ({error})") from error
+        return text_of(record, self.field, printable(key))
 
     def identity(self) -> str:
-        return _sizes(self.files)
+        return sizes(matching_files("data.source", self.glob))
 
 
-class TfdsSource:
-    """A TensorFlow Datasets name, read without TensorFlow; downloaded and prepared by tfds at first use."""
+@dataclass(frozen=True)
+class Tfds:
+    """A TensorFlow Datasets name, read without TensorFlow; downloaded and prepared by tfds at first use.
 
-    def __init__(self, config: DataConfig):
+    Attributes:
+      name: of the data set.
+      field: name of the text in an example.
+      train_split: the split to read.
+      val_split: the split that is validation; '' takes validation from `train_split`.
+    """
+
+    name: str
+    field: str = "text"
+    train_split: str = "train"
+    val_split: str = ""
+
+    def __post_init__(self):
+        if not self.field or not self.train_split:
+            raise ValueError("data.field, data.train_split: got an empty name, wanted e.g. 'text' and 'train'")
+
+    def documents(self) -> Iterator[Document]:
+        for split, name, examples in self._open():
+            for index in range(len(examples)):
+                key = f"{self.name}/{name}/{index}"
+                read = functools.partial(self._read, key, examples, index)
+                yield Document(key, read, split if self.val_split else "")
+
+    def _read(self, key: str, examples: Any, index: int) -> str:
+        try:
+            example = examples[index]
+        except Exception as error:  # whatever reading and decoding an example raises
+            raise ValueError(f"data: got a damaged example {key} ({one_line(error)}): delete and prepare it") from error
+        return text_of(example, self.field, key)
+
+    def _open(self) -> list[tuple[str, str, Any]]:
+        """('train' or 'val', name of the split, its examples)."""
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise ValueError(f"data.source: got {config.source!r} without tfds: pip install 'smdlm[tfds]'") from error
-        self.name, self.field = config.target, config.field
-        self.splits = {"train": config.train_split} | ({"val": config.val_split} if config.val_split else {})
-        try:
-            self.data = {split: tfds.data_source(self.name, split=name) for split, name in self.splits.items()}
-        except Exception as error:  # tfds raises its own families of errors for names, splits, network and disk
-            cause = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"data.source: got no {config.source!r} with splits {list(self.splits.values())} from tfds "
-                f"({type(error).__name__}: {cause}), wanted a data set that is on disk or can be downloaded"
+                f"data.source: got 'tfds:{self.name}' without TensorFlow Datasets ({error}): "
+                "pip install tensorflow-datasets importlib_resources"
+            ) from error
+        names = {"train": self.train_split} | ({"val": self.val_split} if self.val_split else {})
+        try:
+            return [(split, name, tfds.data_source(self.name, split=name)) for split, name in names.items()]
+        except Exception as error:  # tfds raises its own families of errors for names, splits, network and disk
+            raise ValueError(
+                f"data.source: got no 'tfds:{self.name}' with splits {list(names.values())} from tfds "
+                f"({one_line(error)}), wanted a data set that is on disk or can be downloaded"
             ) from error
 
-    def documents(self) -> Iterator[Document]:
-        for split, data in self.data.items():
-            fixed = split if "val" in self.data else ""
-            for index in range(len(data)):
-                yield Document(f"{self.name}/{self.splits[split]}/{index}", (split, index), fixed)
-
-    def text(self, document: Document) -> str:
-        split, index = document.ref
-        example = self.data[split][index]
-        value = example.get(self.field)
-        if isinstance(value, bytes):
-            return value.decode("utf-8", errors="replace")
-        if not isinstance(value, str):
-            raise ValueError(
-                f"data: got fields {sorted(example)} in {self.name}, wanted text in {self.field!r}: set data.field"
-            )
-        return value
-
     def identity(self) -> str:
-        return " ".join(f"{self.name}/{self.splits[split]}:{len(data)}" for split, data in self.data.items())
+        return " ".join(f"{self.name}/{name}:{len(examples)}" for _, name, examples in self._open())
 
 
-def _matching_files(pattern: str) -> list[tuple[str, Path]]:
-    """(name relative to the folder they share, file), sorted by name."""
-    found = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
-    paths = [path for path in found if path.is_file()]
-    if not paths:
-        raise ValueError(f"data.source: got no file that matches {pattern!r} (in {os.getcwd()}), wanted at least one")
-    root = os.path.commonpath([path.absolute().parent for path in paths])
-    return sorted((Path(os.path.relpath(path.absolute(), root)).as_posix(), path) for path in paths)
+SOURCES: dict[str, type[Source]] = {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "tfds": Tfds}
 
 
-def _decode(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: got {path} that is not UTF-8 at byte {error.start}: convert or exclude it") from error
-    except OSError as error:
-        raise ValueError(f"data: got an unreadable {path} ({error.strerror}), wanted a text file") from error
+def text_of(record: Any, field: str, name: str) -> str:
+    """The text of a record of fields; NoText, which lists its fields, if it has none."""
+    value = record.get(field) if isinstance(record, Mapping) else None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if isinstance(value, str) and value.strip():
+        # JSON can spell lone surrogates, which UTF-8 cannot hold.
+        return value.encode("utf-8", errors="replace").decode("utf-8")
+    if isinstance(value, str):
+        got = f"empty text in {field!r}"
+    elif isinstance(record, Mapping):
+        got = f"fields { {key: type(value).__name__ for key, value in sorted(record.items())} }"
+    else:
+        got = f"a {type(record).__name__}"
+    raise NoText(f"data: got {got} at {name}, wanted text in {field!r}: set data.field")
 
 
-def _sizes(files: list[tuple[str, Path]]) -> str:
-    listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in files)
-    return f"{len(files)} files {hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+def spelled(table: Mapping[str, type]) -> str:
+    """How the sources of a table are written: 'text:GLOB' | ..., the first field of each behind its colon."""
+    return " | ".join(f"'{kind}:{dataclasses.fields(cls)[0].name.upper()}'" for kind, cls in table.items())
+
+
+def own_fields(cls: type) -> list[dataclasses.Field]:
+    """The fields of a source that stand beside it in config.data: all but the first."""
+    return list(dataclasses.fields(cls)[1:])
+
+
+def make_source(spec: str, given: Mapping[str, str]) -> Source:
+    """The source of 'kind:target' with the given fields, for those who have no config. ValueError, one line."""
+    kind, _, target = spec.partition(":")
+    if kind not in SOURCES or not target:
+        raise ValueError(f"data.source: got {spec!r}, wanted {spelled(SOURCES)}")
+    own = [field.name for field in own_fields(SOURCES[kind])]
+    if unknown := [name for name in given if name not in own]:
+        raise ValueError(f"data.source: got {', '.join(unknown)} for {kind!r}, wanted {', '.join(own) or 'none'}")
+    return SOURCES[kind](target, **given)

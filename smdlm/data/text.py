@@ -4,16 +4,18 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import grain
 import numpy as np
+from absl import logging
 
-from smdlm.data.config import DataConfig
+from smdlm.data.config import DataConfig, Prepared, spec_of
 from smdlm.data.packing import TOKENIZER_FILE, ArrayBlocks, Packer, RecordBlocks, block_dtype, read_manifest, too_short
-from smdlm.data.sources import make_source, with_splits
+from smdlm.data.readers import key_bytes, printable
+from smdlm.data.split import Account, with_splits
 from smdlm.data.tokenizer import bpe_tokenizer, make_tokenizer
 from smdlm.data.vocabulary import Tokenizer, grouped
+from smdlm.files import local_path
 
 __all__ = ["Blocks", "DataConfig", "TextData", "batches", "load"]
 
@@ -47,43 +49,46 @@ def load(config: DataConfig, cache_dir: str | os.PathLike | None = None) -> Text
     Raises:
       ValueError: no file, unreadable or empty text, too little text for a block, data not prepared or damaged.
     """
-    if config.kind == "prepared":
+    if isinstance(config.source, Prepared):
         return _load_prepared(config)
-    texts, digest = _read_texts(config)
+    account = Account()
+    texts, digest = _read_texts(config, account)
     for split in texts:
         if not texts[split]:
             raise too_short(split, 0, config.seq_len)
     tokenizer = make_tokenizer(config.tokenizer, texts["train"], cache_dir)
-    packed = {split: _pack(config, tokenizer, split, texts[split]) for split in texts}
+    packed = {split: _pack(config, tokenizer, account, split, texts[split]) for split in texts}
+    for line in account.warnings(tokenizer):
+        logging.warning("data: %s", line)
     return TextData(packed["train"], packed["val"], tokenizer, digest)
 
 
-def _read_texts(config: DataConfig) -> tuple[dict[str, list[str]], str]:
-    source = make_source(config)
+def _read_texts(config: DataConfig, account: Account) -> tuple[dict[str, list[str]], str]:
     texts, digest, room = {"train": [], "val": []}, hashlib.sha256(), IN_MEMORY_CHARS
-    for split, document in with_splits(config, source):
-        text = source.text(document)
-        if not text.strip():
+    for split, document in with_splits(config):
+        text = account.text(document)
+        if not text:
             continue
         texts[split].append(text)
-        digest.update(f"{split}\0{document.key}\0{len(text)}\0{text}".encode())
+        digest.update(key_bytes(f"{split}\0{document.key}\0{len(text)}\0{text}"))
         room -= len(text)
         if room < 0:
             raise ValueError(
-                f"data: got more than {IN_MEMORY_CHARS / 2**30:.0f} Gi characters from {config.source!r}, wanted less "
-                f"to hold in memory: run {config.prepare_command()} and set data.source to 'prepared:DIR'"
+                f"data: got more than {IN_MEMORY_CHARS / 2**30:.0f} Gi characters from "
+                f"{printable(spec_of(config.source))!r}, wanted less to hold in memory: run "
+                f"{config.prepare_command()} and set data.source to 'prepared:DIR'"
             )
-    if not any(texts.values()):
-        raise ValueError(f"data.source: got no text from {config.source!r}, wanted at least one document")
+    if not account.read:
+        raise account.no_text(printable(spec_of(config.source)))
     return texts, digest.hexdigest()
 
 
-def _pack(config: DataConfig, tokenizer: Tokenizer, split: str, texts: list[str]) -> ArrayBlocks:
+def _pack(config: DataConfig, tokenizer: Tokenizer, account: Account, split: str, texts: list[str]) -> ArrayBlocks:
     packer, dtype = Packer(tokenizer, config.seq_len, config.framing), block_dtype(tokenizer)
     blocks = [
         packer.add(packer.document(tokens)).astype(dtype)
         for group in grouped(texts, len, 2**22)
-        for tokens in tokenizer.encode_batch(group)
+        for tokens in account.encode(tokenizer, group)
     ]
     packed = np.concatenate(blocks)
     if not len(packed):
@@ -92,25 +97,27 @@ def _pack(config: DataConfig, tokenizer: Tokenizer, split: str, texts: list[str]
 
 
 def _load_prepared(config: DataConfig) -> TextData:
-    folder = Path(config.target).expanduser()
+    folder = local_path("data.source", config.source.folder)
     manifest = read_manifest(folder, config.prepare_command())
     made = manifest["settings"]
     if config.tokenizer.startswith("bpe:") and made["tokenizer"] == config.tokenizer:
         tokenizer = bpe_tokenizer(int(config.tokenizer[4:]), (), folder / TOKENIZER_FILE)
     elif config.tokenizer.startswith("bpe:"):
-        raise ValueError(f"data.tokenizer: got {config.tokenizer!r}, wanted {made['tokenizer']!r} as in {folder}")
+        raise ValueError(
+            f"data.tokenizer: got {config.tokenizer!r}, wanted {made['tokenizer']!r} as in {printable(folder)}"
+        )
     else:
         tokenizer = make_tokenizer(config.tokenizer)
     got = {"seq_len": config.seq_len, "framing": config.framing, "fingerprint": tokenizer.fingerprint}
     wrong = [f"{key} {value!r} (there: {made[key]!r})" for key, value in got.items() if made[key] != value]
     if wrong:
         raise ValueError(
-            f"data: got {', '.join(wrong)}, wanted what {folder} was prepared with (tokenizer {made['tokenizer']!r}): "
-            f"change the config or run {config.prepare_command()} with another --out"
+            f"data: got {', '.join(wrong)}, wanted what {printable(folder)} was prepared with (tokenizer "
+            f"{made['tokenizer']!r}): change the config or run {config.prepare_command()} with another --out"
         )
-    files = {split: [folder / shard["file"] for shard in shards] for split, shards in manifest["splits"].items()}
-    blocks = {split: RecordBlocks(files[split], np.dtype(manifest["dtype"])) for split in files}
-    return TextData(blocks["train"], blocks["val"], tokenizer, manifest["content_hash"])
+    dtype, splits = np.dtype(manifest["dtype"]), manifest["splits"]
+    train, val = (RecordBlocks(folder, splits[split], dtype, config.seq_len) for split in ("train", "val"))
+    return TextData(train, val, tokenizer, manifest["content_hash"])
 
 
 class _LocalBatches:

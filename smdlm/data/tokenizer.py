@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from smdlm.data import pretrained
-from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, Vocabulary, cut, read_backend, wrap
+from smdlm.data.backend import Backend, read_backend
+from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, Vocabulary, cut, wrap
+from smdlm.files import local_path, write
 
 __all__ = ["Tokenizer", "Vocabulary", "bpe_tokenizer", "check_spec", "make_tokenizer", "vocabulary"]
 
@@ -27,6 +28,8 @@ def check_spec(spec: str) -> None:
             raise ValueError(f"tokenizer: got {spec!r}, wanted 'bpe:SIZE' with SIZE >= 258 (256 bytes, EOS, one merge)")
     elif not (spec in ("bytes", "gpt2") or (kind in ("gpt2", "hf") and argument)):
         raise ValueError(f"tokenizer: got {spec!r}, wanted {SPECS}")
+    elif argument:
+        local_path("data.tokenizer", argument)
 
 
 def make_tokenizer(
@@ -51,10 +54,11 @@ def make_tokenizer(
     if kind == "bpe":
         sample = _sample(corpus or ())
         digest = hashlib.sha256("\0".join(sample).encode("utf-8")).hexdigest()[:16]
-        return bpe_tokenizer(int(argument), sample, cache_dir and Path(cache_dir) / f"bpe-{argument}-{digest}.json")
+        folder = cache_dir and local_path("cache_dir", cache_dir)
+        return bpe_tokenizer(int(argument), sample, folder and folder / f"bpe-{argument}-{digest}.json")
     if kind == "gpt2":
         return pretrained.gpt2(spec, argument)
-    return pretrained.huggingface(spec, Path(argument).expanduser())
+    return pretrained.huggingface(spec, local_path("data.tokenizer", argument))
 
 
 def vocabulary(spec: str) -> Vocabulary:
@@ -78,12 +82,8 @@ def bpe_tokenizer(size: int, corpus: Iterable[str], file: str | os.PathLike | No
     else:
         backend = _train_bpe(size, _sample(corpus))
         if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(f"{file}.{uuid.uuid4().hex}.tmp")  # not the pid: two hosts may share the folder
-            backend.save(str(temporary))
-            os.replace(temporary, file)
-    backend.encode_special_tokens = True  # a document that spells out <|endoftext|> does not end there
-    return wrap(f"bpe:{size}", backend, END_OF_TEXT, END_OF_TEXT, None)
+            write(file, backend.to_str(pretty=True))
+    return wrap(f"bpe:{size}", Backend(backend, END_OF_TEXT, END_OF_TEXT))
 
 
 def _train_bpe(size: int, sample: list[str]) -> tokenizers.Tokenizer:

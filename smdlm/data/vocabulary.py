@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import tokenizers
+
+from smdlm.data.backend import Backend, TextEncoder, byte_of_character, is_byte_level
 
 END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARS = 2**16  # `tokenizers` needs over 100 bytes of memory per byte of one input, so long texts are cut
@@ -25,6 +25,11 @@ class Vocabulary:
     bos_id: int
 
 
+def spells_everything(texts: list[str], encoded: list[np.ndarray]) -> int:
+    """count_unspelled of a vocabulary that has every byte."""
+    return 0
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary with its encoder.
@@ -34,7 +39,10 @@ class Tokenizer:
       pieces: for each id the bytes of text it stands for; b'' for special tokens.
       eos_id, bos_id: ends and begins a document (the same id in most vocabularies).
       mask_id: `vocab_size`, or the id of the vocabulary's own mask token.
-      encode_batch: list of texts -> list of int32 arrays [n_tokens], without any special token added.
+      encode_batch: list of texts -> list of int32 arrays [n_tokens]. All of a text is text: no special token is added,
+        and one that the text spells out ('[MASK]') is spelled with ordinary tokens.
+      count_unspelled: (texts, their ids) -> number of their characters, blanks aside, that the vocabulary lacks.
+      backend: what it was made from; None for bytes.
     """
 
     name: str
@@ -43,6 +51,8 @@ class Tokenizer:
     bos_id: int
     mask_id: int
     encode_batch: Callable[[list[str]], list[np.ndarray]]
+    count_unspelled: Callable[[list[str], list[np.ndarray]], int] = spells_everything
+    backend: Backend | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -84,15 +94,53 @@ class Tokenizer:
         return b"\n" if i in (self.eos_id, self.bos_id) else self.pieces[i]
 
 
-def wrap(name: str, backend: tokenizers.Tokenizer, eos: str, bos: str, mask: str | None) -> Tokenizer:
-    """A Tokenizer from a backend and the names of its special tokens; without a mask of its own one is appended."""
-    state = json.loads(backend.to_str())
+def wrap(name: str, backend: Backend) -> Tokenizer:
+    """A Tokenizer from a backend; without a mask of its own one is appended."""
+    encoder, pieces = TextEncoder(backend), _pieces(backend)
+
+    def parts_of(text: str) -> list[str]:
+        return cut(text) if encoder.byte_level else [text]
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        parts = [(i, part) for i, text in enumerate(texts) for part in parts_of(text)]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in grouped(parts, lambda item: len(item[1]), CALL_CHARS):
+            try:
+                encoded = encoder.encode([part for _, part in group])
+            except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a vocabulary without its [UNK]
+                raise ValueError(
+                    f"tokenizer {name!r}: got a text it cannot encode ({error}): mend its files"
+                ) from error
+            for (i, _), ids in zip(group, encoded, strict=True):
+                found[i].append(ids)
+        return [np.concatenate(arrays) for arrays in found]
+
+    def count_unspelled(texts: list[str], encoded: list[np.ndarray]) -> int:
+        suspects = [text for text, ids in zip(texts, encoded, strict=True) if encoder.may_lose(ids)]
+        return sum(encoder.unspelled(part) for text in suspects for part in parts_of(text))
+
+    ids = backend.tokenizer.token_to_id
+    return Tokenizer(
+        name,
+        pieces,
+        eos_id=ids(backend.eos),
+        bos_id=ids(backend.bos),
+        mask_id=ids(backend.mask) if backend.mask else len(pieces),
+        encode_batch=encode_batch,
+        count_unspelled=count_unspelled,
+        backend=backend,
+    )
+
+
+def _pieces(backend: Backend) -> tuple[bytes, ...]:
+    """For each id the bytes of text it stands for; b'' for special tokens and ids without a token."""
+    state = json.loads(backend.tokenizer.to_str())
     outside = json.dumps([state["pre_tokenizer"], state["decoder"]])
-    byte_level = '"ByteLevel"' in outside
+    byte_level = is_byte_level(state)
     special = {token["id"] for token in state["added_tokens"] if token["special"]}
-    special |= {backend.token_to_id(token) for token in (eos, bos, mask) if token}
+    special |= {backend.tokenizer.token_to_id(token) for token in (backend.eos, backend.bos, backend.mask) if token}
     literal = {token["id"] for token in state["added_tokens"]}
-    to_byte = _byte_of_character()
+    to_byte = byte_of_character()
 
     def piece(token: str, i: int) -> bytes:
         if i in special:
@@ -107,23 +155,11 @@ def wrap(name: str, backend: tokenizers.Tokenizer, eos: str, bos: str, mask: str
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode("utf-8")
 
-    vocabulary = backend.get_vocab(with_added_tokens=True)
+    vocabulary = backend.tokenizer.get_vocab(with_added_tokens=True)
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         pieces[i] = piece(token, i)
-
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        parts = [(i, part) for i, text in enumerate(texts) for part in (cut(text) if byte_level else [text])]
-        found: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in grouped(parts, lambda item: len(item[1]), CALL_CHARS):
-            encodings = backend.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            for (i, _), encoding in zip(group, encodings, strict=True):
-                found[i].append(np.array(encoding.ids, np.int32))
-        return [np.concatenate(arrays) for arrays in found]
-
-    mask_id = backend.token_to_id(mask) if mask else len(pieces)
-    ids = {"eos_id": backend.token_to_id(eos), "bos_id": backend.token_to_id(bos), "mask_id": mask_id}
-    return Tokenizer(name, tuple(pieces), **ids, encode_batch=encode_batch)
+    return tuple(pieces)
 
 
 def grouped(items: Iterable, weight: Callable[..., int], limit: int) -> Iterator[list]:
@@ -139,13 +175,6 @@ def grouped(items: Iterable, weight: Callable[..., int], limit: int) -> Iterator
         yield group
 
 
-def _byte_of_character() -> dict[str, bytes]:
-    """The byte-level alphabet: printable Latin-1 stands for itself, other bytes for the characters from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): bytes([b]) for b in printable} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
-
-
 def cut(text: str) -> list[str]:
     """Cuts before a lone space between two words, where no byte-level split pattern ever joins the two sides."""
     pieces, start, lone_space = [], 0, re.compile(r"(?<=\S) (?=\S)")
@@ -153,11 +182,3 @@ def cut(text: str) -> list[str]:
         pieces.append(text[start : found.start()])
         start = found.start()
     return [*pieces, text[start:]]
-
-
-def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """The backend in a tokenizer.json; ValueError when it cannot be read."""
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"tokenizer: got an unreadable {file} ({error}), wanted a tokenizer.json") from error
