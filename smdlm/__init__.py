@@ -1,0 +1,23 @@
+"""Soft-masked diffusion language models in JAX/Flax.
+
+model = smdlm.load("runs/tiny")
+model.sample("Return the ", count=4, steps=64, seed=0)
+model.infill("Return ____ of the list.", tokens=12)
+model.score(["Return a copy of the list."])
+model.denoiser, model.params    # for those who go on in JAX
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Trained", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: programs set up memory and devices before anything of the package touches jax.
+    if name in __all__:
+        from smdlm import library
+
+        return getattr(library, name)
+    raise AttributeError(f"module 'smdlm' has no attribute {name!r}")

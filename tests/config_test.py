@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def fields_of(section):
     """{field: 'int', 'float', 'str' or 'bool'} of a section with the classes that its choices name by default."""
     choices = CHOICES.get(section, {})
-    classes = [SECTIONS[section], *(choice.table[choice.default] for choice in choices.values())]
+    classes = [SECTIONS[section], *(choice.table[choice.default] for choice in choices.values() if choice.default)]
     found = {f.name: getattr(f.type, "__name__", f.type) for cls in classes for f in dataclasses.fields(cls)}
     return {**found, **dict.fromkeys(choices, "str")}
 
@@ -179,7 +179,9 @@ def parameters():
         shared = {"vocab_size", *(f.name for f in dataclasses.fields(SECTIONS[section]))}
         for choice in choices:
             for name, cls in choices[choice].table.items():
-                fields = (f.name for f in dataclasses.fields(cls))
+                fields = [f.name for f in dataclasses.fields(cls)]
+                if choices[choice].target:  # the first one stands behind the colon
+                    name, fields = f"{name}:docstrings", fields[1:]
                 found += [(section, choice, name, field) for field in fields if field not in shared]
     return found
 
@@ -195,10 +197,13 @@ def test_fields_of_a_chosen_class_are_config_fields(section, choice, name, field
     """They reach the object beside its other defaults."""
     others = {"model__causal": {"softmask__p_sm": 0.0}}.get(f"{section}__{field}", {})
     config = {key: dict(value) for key, value in make_config(**others).items()}
-    config[section] = {"p_sm": config["softmask"]["p_sm"]} if section == "softmask" else {}
-    default = next(f.default for f in dataclasses.fields(CHOICES[section][choice].table[name]) if f.name == field)
+    needed = {"softmask": ("p_sm",), "data": ("tokenizer", "seq_len", "batch_size")}.get(section, ())
+    config[section] = {key: config[section][key] for key in needed}
+    cls = CHOICES[section][choice].table[name.partition(":")[0]]
+    default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
+    more = {int: 1, float: 0.01, str: "x"}
     value = OTHER.get(section, {}).get(field)
-    value = default + (1 if isinstance(default, int) else 0.01) if value is None else value
+    value = default + more[type(default)] if value is None else value
 
     def made(**changes):
         found = getattr(read({**config, section: {**config[section], choice: name, **changes}}), section)

@@ -19,6 +19,7 @@ import json
 import logging as stdlib_logging
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ class CheckpointDamaged(RuntimeError):
 # Orbax tells of a failed save in many tracebacks; `Checkpointer` reports each failure once, in one line.
 logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 stdlib_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+
+
+def _leave_out_late_writes(before: Any) -> Any:
+    """`sys.excepthook` without the tracebacks of writes that end after their failed save: some four hundred lines."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    return hook
+
+
+sys.excepthook = _leave_out_late_writes(sys.excepthook)
 
 
 class Checkpointer:

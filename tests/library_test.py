@@ -1,0 +1,147 @@
+"""The library: what `smdlm.load` gives, on a run and on a conversion; the same numbers as the command line's objects."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import smdlm
+from smdlm import experiment
+from smdlm.build import build
+from smdlm.config import read
+from smdlm.objective import Example
+
+SETTINGS = {
+    "model": {"width": 32, "depth": 2, "heads": 2, "cond": 8, "dropout": 0.0, "vocab_multiple": 1},
+    "data": {"tokenizer": "bytes", "seq_len": 32, "batch_size": 8},
+    "softmask": {"p_sm": 0.8, "scale": 0.4, "centre": -2.0, "steepness": 2.0},
+    "optimizer": {"warmup": 0, "lr": 3e-3},
+    "train": {"steps": 12, "log_every": 4, "save_every": 12},
+    "sampling": {"steps": 6, "policy": "remdm_cap", "eta": 0.1, "count": 2, "prompt": "Ab"},
+    "eval": {"blocks": 4, "batch_size": 4},
+}
+
+
+def train(folder, name, **changes):
+    """A workdir with a run of a few updates."""
+    (folder / "corpus").mkdir(exist_ok=True)
+    for i in range(12):
+        (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} says hello, and then {i * i} more things. " * 8)
+    settings = {section: {**fields, **changes.get(section, {})} for section, fields in SETTINGS.items()}
+    settings["data"]["source"] = f"text:{folder}/corpus/*.txt"
+    made, workdir = build(read(settings), folder), folder / name
+    facts = {"tokenizer": made.vocabulary.fingerprint, "content_hash": made.data.content_hash}
+    with jax.set_mesh(made.mesh):
+        checkpointer = experiment.checkpointer_of(workdir)
+        experiment.train(made, workdir, checkpointer, {"config": settings, **facts})
+        checkpointer.close()
+    for file in (folder / "corpus").iterdir():
+        file.unlink()  # nothing below may need it
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return smdlm.load(train(tmp_path_factory.mktemp("library"), "run"))
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    changes = {"model": {"causal": True}, "softmask": {"p_sm": 0.0}, "sampling": {}}
+    folder = tmp_path_factory.mktemp("library_ar")
+    for name in ("policy", "eta"):
+        SETTINGS["sampling"].pop(name)
+    try:
+        return smdlm.load(train(folder, "run", **changes))
+    finally:
+        SETTINGS["sampling"] |= {"policy": "remdm_cap", "eta": 0.1}
+
+
+def test_samples_begin_with_the_prompt_and_belong_to_the_seed(model):
+    texts = model.sample("Doc", count=3, seed=1)
+    assert len(texts) == 3 and len(set(texts)) > 1 and all(text.startswith("Doc") for text in texts)
+    assert model.sample("Doc", count=3, seed=1) == texts != model.sample("Doc", count=3, seed=2)
+    assert model.sample("Doc", count=1, seed=1) == texts[:1]  # a sample does not depend on its neighbours
+    assert not model.sample(seed=1)[0].startswith("Ab")  # the config's prompt is not the library's
+
+
+def test_settings_are_fields_of_the_section(model):
+    assert model.sample(seed=1, steps=3) != model.sample(seed=1)
+    assert model.sample(seed=1, policy="entropy", order_temperature=0.5) != model.sample(seed=1, policy="entropy")
+    with pytest.raises(ValueError, match="config.sampling: got unknown field step, wanted one of policy"):
+        model.sample(step=3)
+    with pytest.raises(ValueError, match="got eta .a field of policy remdm_cap"):
+        model.sample(policy="entropy", eta=0.1)
+    with pytest.raises(ValueError, match="sampling.prompt: got 40 tokens, wanted fewer than data.seq_len = 32"):
+        model.sample("x" * 40)
+
+
+def test_infill_fills_the_blanks_alone(model):
+    texts = model.infill("one ____ two ____!", tokens=4, count=2, seed=3)
+    assert len(texts) == 2
+    for text in texts:
+        ids = model.tokenizer.encode("one ____ two ____!".replace("____", "....")).tolist()
+        assert text.startswith("one ") and text.endswith("!") and len(ids) == 18
+        assert "____" not in text and "[MASK]" not in text
+    assert model.infill("one ____ two ____!", tokens=4, count=2, seed=3) == texts
+    assert model.infill("a <b> c", blank="<b>", tokens=2, seed=1)[0].startswith("a ")
+    for text, tokens, message in (
+        ("no blank", 4, "got no '____' in the text"),
+        ("____", 33, "got 33 tokens, wanted at most 32"),
+        ("____", 0, "got tokens=0, wanted at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.infill(text, tokens=tokens)
+
+
+def test_scores_are_labelled_and_belong_to_the_text(model):
+    """Bounds of a text alone: neither its neighbours nor the padding of its block change them."""
+    short, long = "hello", "Document 3 says hello, and then 9 more things. " * 2
+    scores = model.score([short, long], draws=4)
+    names = {f"{unit}_{name}" for unit in ("bits_per_byte", "nats_per_token") for name in ("one_pass", "two_pass")}
+    assert names <= set(scores[0]) and scores[0]["bits_per_byte_one_pass"].label == "one pass (no feedback)"
+    assert model.score([short], draws=4)[0] == scores[0]
+    for value in scores[1].values():
+        assert 0 < value.mean and 0 < value.interval
+    for texts, draws in (([""], 4), (["x"], 1)):
+        with pytest.raises(ValueError, match="score: got .*, wanted at least"):
+            model.score(texts, draws=draws)
+
+
+def test_padding_is_not_seen(model):
+    """Both passes on a padded canvas give the likelihoods of the canvas alone."""
+    objective = dataclasses.replace(model.experiment.objective, p_sm=1.0)
+    tokens = jnp.asarray(model.tokenizer.encode("hello, there")[None])
+    masked = jnp.arange(12)[None] % 3 == 1
+    canvas, weights = jnp.where(masked, model.denoiser.mask_id, tokens), masked.astype(jnp.float32)
+    alone = Example(canvas, tokens, weights)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 20)), constant_values=3)
+    beside = jnp.arange(32)[None] < 12
+    padded = Example(pad(canvas), pad(tokens), jnp.where(beside, pad(weights), 0), beside)
+    _, wanted = objective(model.params, alone, True, None)
+    _, got = objective(model.params, padded, True, None)
+    np.testing.assert_allclose(got[:, :12], wanted, rtol=1e-4)
+    _, seen = objective(model.params, padded.replace(attend=None), True, None)
+    assert np.max(np.abs(seen[:, :12] - wanted)) > 1e-3  # padding that may be seen changes them
+
+
+def test_a_causal_model_samples_and_scores_exactly(causal):
+    assert causal.sample("Do", seed=1)[0].startswith("Do")
+    one, two = causal.score(["hello there"], draws=2)[0], causal.score(["hello there"], draws=2, seed=9)[0]
+    assert one == two and one["nats_per_token_next_token"].interval == 0
+    with pytest.raises(ValueError, match="infill: got a causal"):
+        causal.infill("a ____")
+
+
+def test_denoiser_and_params_go_on_in_jax(model):
+    hidden = model.denoiser(model.params, np.zeros((1, 5), np.int32))
+    assert hidden.shape == (1, 5, 32) and model.denoiser.head(model.params).logits(hidden).shape == (1, 5, 258)
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="got no checkpoint in .*wanted a trained run"):
+        smdlm.load(tmp_path)
+    with pytest.raises(ValueError, match="workdir: got the URL gs://bucket/run"):
+        smdlm.load("gs://bucket/run")
