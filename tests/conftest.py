@@ -109,7 +109,7 @@ def make_training(objective, *, steps=100, accumulate=1, seed=0, mesh=None, **op
     """(jitted train step, function that makes a fresh state) of an objective; keywords are OptimizerConfig's."""
     config = OptimizerConfig(**{"warmup": 0, "lr": 1e-2, **optimizer})
     mesh = MeshConfig().make() if mesh is None else mesh
-    transform = make_optimizer(config, steps)
+    transform = make_optimizer(config, steps, objective.denoiser.model.matrices())
     boxed = jax.eval_shape(objective.denoiser.init, jax.random.key(0))
     abstract = jax.eval_shape(lambda p: init_state(p, transform), nn.meta.unbox(boxed))
     shardings = state_shardings(mesh, abstract, param_shardings(mesh, boxed))
