@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from smdlm.data.tokenizer import vocabulary
 from smdlm.build import Experiment, assemble, check_batch
 from smdlm.config import Config
+from smdlm.data.tokenizer import vocabulary
 from smdlm.mesh.rules import batch_sharding, batch_shards, replicated
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.policies import linear_times
