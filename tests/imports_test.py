@@ -8,29 +8,42 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smdlm"
 
-# A module may import from the layers before its own and, without a cycle, from its own. The longest prefix counts.
-LAYERS = [
-    [
-        *("smdlm", "smdlm.command", "smdlm.cpu", "smdlm.runtime", "smdlm.shard", "smdlm.kernels"),
-        *("smdlm.softmask", "smdlm.diffusion", "smdlm.sampling.filters", "smdlm.models.layers"),
-    ],
-    ["smdlm.models", "smdlm.readout", "smdlm.denoiser", "smdlm.objective", "smdlm.sampling", "smdlm.sampling.policies"],
-    [
-        *("smdlm.sampling.loop", "smdlm.sampling.blocks", "smdlm.partition", "smdlm.state"),
-        *("smdlm.data", "smdlm.writer", "smdlm.checkpoint", "smdlm.viewer"),
-    ],
-    ["smdlm.train", "smdlm.evaluate", "smdlm.convert"],
-    ["smdlm.build", "smdlm.main", "smdlm.aot", "smdlm.bench", "smdlm.performance", "smdlm.convert.__main__"],
+# The tower, ground floor first. A module imports from floors below its own and, without a cycle, from its own; the
+# longest prefix that names it is its floor.
+FLOORS = [
+    ["smdlm.files", "smdlm.command", "smdlm.startup"],
+    ["smdlm.mesh"],
+    ["smdlm.ops"],
+    ["smdlm.models.base"],
+    ["smdlm.models.attention", "smdlm.models.layers"],
+    ["smdlm.models"],
+    ["smdlm.data", "smdlm.diffusion", "smdlm.optimizer", "smdlm.softmask"],
+    ["smdlm.full_softmask", "smdlm.readout"],
+    ["smdlm.denoiser"],
+    ["smdlm.objective", "smdlm.sampling"],
+    ["smdlm.evaluate"],
+    ["smdlm.io"],
+    ["smdlm.train"],
+    ["smdlm.config"],
+    ["smdlm.convert"],
+    ["smdlm.build"],
+    ["smdlm.experiment"],
+    ["smdlm"],
+    ["smdlm.main", "smdlm.tools"],
 ]
+# What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.
+UPWARD = {("smdlm.command", "smdlm.config")}
+WITHOUT_JAX = ("smdlm.files", "smdlm.command")  # mistakes on command lines are found before jax starts
+
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
-    "orbax": {"smdlm.checkpoint"},
-    "ml_collections": {"smdlm.build", "smdlm.command", "smdlm.main", "smdlm.aot.__main__"},
+    "orbax": {"smdlm.io.checkpoint"},
+    "ml_collections": {"smdlm.config", "smdlm.command"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
     "tensorflow_datasets": {"smdlm.data"},
-    "tensorboardX": {"smdlm.writer"},
-    "matplotlib": {"smdlm.writer"},
+    "tensorboardX": {"smdlm.io.writer"},
+    "matplotlib": {"smdlm.io.plots"},
     "torch": set(),
 }
 
@@ -47,9 +60,12 @@ def modules():
 MODULES = modules()
 
 
-def imports(name):
-    """Dotted names a module imports anywhere, functions included; `from a import b` is a.b where that is a module."""
-    for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
+def imports(name, nodes=ast.walk):
+    """Dotted names a module imports anywhere, functions included; `from a import b` is a.b where that is a module.
+
+    nodes: ast.iter_child_nodes finds only what is imported as soon as the module is.
+    """
+    for node in nodes(ast.parse(MODULES[name].read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,28 +76,32 @@ def imports(name):
 
 
 def inside(name):
-    return sorted({other for other in imports(name) if other.split(".")[0] == "smdlm"})
+    """Modules of the package that a module imports, but for UPWARD."""
+    found = {other for other in imports(name) if other.split(".")[0] == "smdlm"}
+    return sorted(other for other in found if (name, other) not in UPWARD)
 
 
-def layer(name):
-    best = max(
-        (prefix for rows in LAYERS for prefix in rows if name == prefix or name.startswith(prefix + ".")), key=len
-    )
-    assert best != "smdlm" or name == "smdlm", f"{name} has no layer: give it one in LAYERS"
-    return next(i for i, row in enumerate(LAYERS) if best in row)
+def floor(name):
+    prefixes = {prefix: i for i, row in enumerate(FLOORS) for prefix in row}
+    best = max((prefix for prefix in prefixes if name == prefix or name.startswith(prefix + ".")), key=len)
+    assert best != "smdlm" or name == "smdlm", f"{name} has no floor: give it one in FLOORS"
+    return prefixes[best]
 
 
 def test_the_package_was_found():
     assert {"smdlm.softmask", "smdlm.train", "smdlm.main", "smdlm.models.dit"} <= set(MODULES)
-    assert "smdlm.softmask" in inside("smdlm.denoiser") and "smdlm.cpu" in inside("smdlm.main")
+    assert "smdlm.softmask" in inside("smdlm.denoiser") and "smdlm.command" in inside("smdlm.main")
+    assert all((name in MODULES and other in imports(name)) for name, other in UPWARD)
+    unused = [prefix for row in FLOORS for prefix in row if prefix not in MODULES]
+    assert not unused, f"FLOORS names {unused}, which do not exist"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nobody_imports_from_above(name):
-    wrong = [other for other in inside(name) if other in MODULES and layer(other) > layer(name)]
-    assert not wrong, f"{name} must not import {wrong}"
     unknown = [other for other in inside(name) if other not in MODULES]
     assert not unknown, f"{name} imports {unknown}, which do not exist"
+    wrong = [other for other in inside(name) if floor(other) > floor(name)]
+    assert not wrong, f"{name} must not import {wrong}"
 
 
 def test_no_cycles():
@@ -107,11 +127,27 @@ def test_libraries_stay_where_they_belong(library):
             assert any(name == owner or name.startswith(owner + ".") for owner in ONLY[library]), name
 
 
-def test_nobody_but_the_denoiser_and_build_knows_a_model():
-    """Training, sampling and evaluation see a denoiser; only construction, conversion and the bench name the DiT."""
+def test_nobody_outside_models_knows_a_model():
+    """Others know the protocol and the table of names; a conversion knows the model of its own table of keys."""
     for name in MODULES:
-        if "smdlm.models.dit" in inside(name):
-            assert name.split(".")[1] in ("build", "bench", "convert", "aot"), name
+        if name.startswith(("smdlm.models", "smdlm.convert.")):
+            continue
+        known = {other for other in inside(name) if other.startswith("smdlm.models.")}
+        assert known <= {"smdlm.models.base"}, f"{name} must not import {sorted(known)}"
+        for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "smdlm.models":
+                assert {alias.name for alias in node.names} <= {"MODELS", "Model", "base"}, name
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_command_lines_need_no_jax_to_find_mistakes(name):
+    seen, open_modules = set(), [name]
+    while open_modules:
+        seen.add(module := open_modules.pop())
+        for other in imports(module, ast.iter_child_nodes):
+            assert other.split(".")[0] not in ("jax", "flax", "optax", "chex"), f"{name}: {module} imports {other}"
+            if other in MODULES and other not in seen:
+                open_modules.append(other)
 
 
 def test_configs_import_ml_collections_only():
@@ -119,7 +155,5 @@ def test_configs_import_ml_collections_only():
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert all(n.split(".")[0] in ("ml_collections", "configs", "__future__") for n in names), (
-                file.name,
-                names,
-            )
+            known = ("ml_collections", "configs", "__future__")
+            assert all(n.split(".")[0] in known for n in names), f"{file.name} imports {names}"

@@ -1,4 +1,4 @@
-"""Kernels for TPUs and GPUs against the XLA forms, interpreted on the CPU, and which is chosen where."""
+"""The readout's kernels for TPUs against the XLA forms, interpreted on the CPU, and where they are chosen."""
 
 import functools
 
@@ -9,86 +9,13 @@ import pytest
 from conftest import assert_close
 
 from smdlm.mesh import traced
-from smdlm.models.attention import attention
 from smdlm.models.base import Head
+from smdlm.ops import pallas
 from smdlm.readout import Readout, exclude
-
-SHAPE = (2, 256, 2, 64)
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_splash_attention_is_xla_attention(causal, monkeypatch):
-    """Values and gradients, over several blocks."""
-    monkeypatch.setattr(pallas, "BLOCK", 128)
-    query, key, value, cotangent = (normal(i, *SHAPE) for i in range(4))
-
-    def gradients(fn):
-        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(cotangent * fn(q, k, v)), (0, 1, 2)))
-
-    got = gradients(functools.partial(pallas.splash, causal=causal, interpret=True))(query, key, value)
-    wanted = gradients(functools.partial(jax.nn.dot_product_attention, is_causal=causal))(query, key, value)
-    assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-
-
-def chosen(shape=SHAPE, dtype=jnp.bfloat16, mask=None):
-    """Names of the primitives in attention's trace."""
-    query = jax.ShapeDtypeStruct(shape, dtype)
-    return str(jax.make_jaxpr(lambda q: attention(q, q, q, mask))(query))
-
-
-def test_kernels_follow_the_platform_compiled_for(monkeypatch):
-    assert "pallas_call" not in chosen()
-    monkeypatch.setattr(traced, "platform", lambda: "tpu")
-    assert "pallas_call" in chosen()
-    assert "pallas_call" in chosen(dtype=jnp.float32)
-    # Lengths, head widths and masks that it has no form for.
-    assert "pallas_call" not in chosen((2, 200, 2, 64))
-    assert "pallas_call" not in chosen((2, 256, 2, 48))
-    assert "pallas_call" not in chosen(mask=jnp.ones((256, 256), bool))
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "fits"),
-    [
-        (SHAPE, jnp.bfloat16, True),
-        (SHAPE, jnp.float32, False),  # XLA's attention instead
-        ((2, 255, 2, 64), jnp.bfloat16, False),
-        ((2, 256, 2, 60), jnp.bfloat16, False),
-        ((2, 256, 2, 256), jnp.bfloat16, False),
-    ],
-)
-def test_cudnn_is_for_half_precision(shape, dtype, fits):
-    query = jax.ShapeDtypeStruct(shape, dtype)
-    assert pallas.cudnn_fits(query, query, None) == fits
-    assert not pallas.cudnn_fits(query, query, jnp.ones((shape[1], shape[1]), bool))
-
-
-def pallas_calls(jaxpr):
-    """How many, without those in calls that have no result: jax 0.10 leaves dead calls to the compiler."""
-    count = 0
-    for eqn in jaxpr.eqns:
-        inner = eqn.params.get("jaxpr")
-        if eqn.primitive.name == "pallas_call":
-            count += 1
-        elif inner is not None and eqn.outvars:
-            count += pallas_calls(getattr(inner, "jaxpr", inner))
-    return count
-
-
-def test_saving_attention_repeats_nothing_of_it(monkeypatch):
-    """Under a policy that saves the name: one forward kernel and the backward pair, none twice."""
-    monkeypatch.setattr(traced, "platform", lambda: "tpu")
-    saved = jax.checkpoint_policies.save_only_these_names("attention")
-
-    def count(policy):
-        block = jax.checkpoint(lambda q: attention(q, q, q), policy=policy)
-        return pallas_calls(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(block(jnp.sin(q)) ** 2)))(jnp.zeros(SHAPE)).jaxpr)
-
-    assert (count(saved), count(None)) == (3, 4)
 
 
 def test_heads_and_batch_are_split_by_hand_only_on_a_mesh():
@@ -115,8 +42,8 @@ TIED = jnp.array([10, 40, 200, 250])  # in one tile of columns, and in others
 def tied_head():
     """bf16; the columns TIED are equal, and the best of the first row."""
     best = 0.1 * normal(0, *HIDDEN)[0, 0, :, None]
-    kernel = (0.1 * normal(1, 128, 384)).at[:, TIED].set(best).astype(jnp.bfloat16)
-    return Head(kernel, (0.1 * normal(2, 384)).at[TIED].set(0.0))
+    matrix = (0.1 * normal(1, 128, 384)).at[:, TIED].set(best).astype(jnp.bfloat16)
+    return Head(matrix, (0.1 * normal(2, 384)).at[TIED].set(0.0))
 
 
 @pytest.mark.parametrize("count", [0, 1, 33, 70])

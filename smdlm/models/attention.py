@@ -1,11 +1,13 @@
-"""Softmax attention, and the one place where its kernel is chosen: a library's where one fits, else XLA's or a CPU's.
+"""Softmax attention, and the one place where its form is chosen: a library's kernel where one fits, else XLA's or a
+CPU's.
 
-Shapes: B examples, L positions, M keys, H heads, E head width.
+Shapes: B examples, L positions, M keys, H query heads, G key heads, E head width.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,60 +29,75 @@ def attention(
     mask: jax.Array | None = None,
     *,
     causal: bool = False,
-    kernel: str = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention with an f32 softmax: query [B, L, H, E], key and value [B, M, G, E] -> [B, L, H, E].
 
     H is a multiple of G: query head h reads key head h // (H / G). What the backward pass needs is named 'attention'
-    (`checkpoint_name`), so that rematerialisation which saves this name repeats nothing of it. Libraries' kernels keep
-    no [B, H, L, M]; the compiler can not split them, so each shard of the batch and of the heads runs its own.
+    (`checkpoint_name`), so that rematerialisation which saves this name repeats nothing of it.
 
     Args:
-      mask: bool [B or 1, L or 1, M], True where a position may attend; [B, 1, M] hides padding. None is everywhere. A
-        position must be left at least one key.
+      mask: bool [B or 1, L or 1, M], True where a position may attend; [B, 1, M] hides padding. None is everywhere. The
+        result at a position that is left no key is finite and means nothing.
       causal: position l sees keys <= l, where L = M.
-      kernel: 'xla', or with 'auto' by the platform that the program is compiled for.
+      implementation: 'xla', or with 'auto' by the platform that the program is compiled for.
     """
-    where = traced.platform() if kernel == "auto" else kernel
+    where = traced.platform() if implementation == "auto" else implementation
     if where == "cpu":
         return cpu.attention(query, key, value, mask, causal)
-    if where == "tpu" and splash_fits(query, key, mask):
-        library = functools.partial(splash, causal=causal)
-    elif where == "gpu" and cudnn_fits(query, key, mask):
-        library = functools.partial(_cudnn, causal=causal)
-    else:
-        query, key, value = checkpoint_name((query, key, value), "attention")
-        every_head = None if mask is None else mask[:, None]
-        out = jax.nn.dot_product_attention(query, key, value, mask=every_head, is_causal=causal)
-        return checkpoint_name(out, "attention")
     query, key, value = checkpoint_name((query, key, value), "attention")
+    if where == "tpu" and splash_fits(query, key, mask):
+        return _on_each_shard(functools.partial(splash, causal=causal), query, key, value, mask)
+    if where == "gpu" and cudnn_fits(query, key):
+        return _on_each_shard(functools.partial(cudnn, causal=causal), query, key, value, mask)
+    out = jax.nn.dot_product_attention(query, key, value, mask=_for_every_head(mask), is_causal=causal)
+    return checkpoint_name(out, "attention")
+
+
+def _on_each_shard(
+    library: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """library(query, key, value, mask), whose kernels keep no [B, H, L, M].
+
+    The compiler can not split them, so each shard of the batch and of the heads runs its own. Heads are split where the
+    mesh divides the key heads: then a shard has the keys of all its queries.
+    """
     batch, heads = traced.splits(len(query), *traced.BATCH_AXES), traced.splits(key.shape[2], "tensor")
     spec, mask_spec = PartitionSpec(batch or None, None, heads or None), PartitionSpec(batch or None)
     if mask is None:
-        return traced.per_shard(library, traced.used(), (spec,) * 3, spec)(query, key, value)
+        return traced.per_shard(library, traced.used(), (spec, spec, spec), spec)(query, key, value)
     mask = jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
-    return traced.per_shard(library, traced.used(), (*(spec,) * 3, mask_spec), spec)(query, key, value, mask)
+    return traced.per_shard(library, traced.used(), (spec, spec, spec, mask_spec), spec)(query, key, value, mask)
 
 
-# ------------------------------------------------------------------------------------------------------------- GPUs
+def _for_every_head(mask: jax.Array | None) -> jax.Array | None:
+    """[B or 1, L or 1, M] -> [B or 1, 1, L or 1, M], as jax.nn wants it."""
+    return None if mask is None else mask[:, None]
 
 
 def _self_attention(query: jax.Array, key: jax.Array) -> bool:
     return query.shape[:2] == key.shape[:2]
 
 
-def cudnn_fits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
+# ------------------------------------------------------------------------------------------------------------- GPUs
+
+
+def cudnn_fits(query: jax.Array, key: jax.Array) -> bool:
     """cuDNN's fused attention has no f32; the backward pass wants an even length."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     _, length, _, width = query.shape
     return _self_attention(query, key) and half and width % 8 == 0 and width <= 128 and length % 2 == 0
 
 
-def _cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool
+def cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
 ) -> jax.Array:
-    every_head = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=every_head, is_causal=causal, implementation="cudnn")
+    """cuDNN's, for shapes as in `attention`."""
+    if mask is not None:  # it becomes a bias, of which cuDNN wants a row for every query
+        mask = jnp.broadcast_to(mask, (len(mask), query.shape[1], mask.shape[2]))
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=_for_every_head(mask), is_causal=causal, implementation="cudnn"
+    )
 
 
 def is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -111,17 +128,19 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     _, length, heads, width = query.shape
-    kernel = jax.vmap(_splash_kernel(length, heads, causal, interpret))
     query = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
-    swap = lambda x: jnp.swapaxes(x, 1, 2)
     segments = None
     if mask is not None:  # a query sees the keys of its own segment: all queries are in that of the keys that count
         counts = mask[:, 0].astype(jnp.int32)
         segments = SegmentIds(q=jnp.ones_like(counts), kv=counts)
-    return swap(kernel(swap(query), swap(key), swap(value), segments))
+    # It takes one example at a time, heads before positions.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    out = jax.vmap(_splash_kernel(length, heads, causal, interpret))(query, key, value, segments)
+    return jnp.swapaxes(out, 1, 2)
 
 
-def _splash_kernel(length: int, heads: int, causal: bool, interpret: bool) -> Any:
+def _splash_kernel(length: int, heads: int, causal: bool, interpret: bool) -> Callable[..., jax.Array]:
+    """query [H, L, E], key and value [G, L, E], segments [L] or None -> [H, L, E]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     block = next(size for size in (BLOCK, BLOCK // 2, LANES) if length % size == 0)

@@ -163,7 +163,7 @@ class Block(nn.Module):
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask, causal=cfg.causal and cache is None, kernel=cfg.attention)
+        h = attention(query, key, value, mask, causal=cfg.causal and cache is None, implementation=cfg.attention)
         names = ("heads", "head", "embed")
         h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")
