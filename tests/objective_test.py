@@ -223,9 +223,9 @@ class Counted(Denoiser):
 
     calls: list = dataclasses.field(default_factory=list, hash=False, compare=False)
 
-    def __call__(self, params, tokens, feedback=None, cond=None, *, dropout_key=None):
+    def __call__(self, params, tokens, feedback=None, **options):
         jax.debug.callback(lambda: self.calls.append(feedback is not None))
-        return super().__call__(params, tokens, feedback, cond, dropout_key=dropout_key)
+        return super().__call__(params, tokens, feedback, **options)
 
 
 def test_the_coin_really_skips_pass_one(denoiser, params, example):

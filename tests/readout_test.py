@@ -126,7 +126,7 @@ def test_excluded_ids_get_no_gradient(head, hidden):
     targets, weights = problem(N)
     grads = gradient(8)({"head": head, "hidden": hidden}, targets, weights)["head"]
     excluded = np.arange(PADDED) >= MASK  # the mask is the last id before the padding
-    assert not np.any(grads.kernel[:, excluded]) and not np.any(grads.bias[excluded])
+    assert not np.any(grads.matrix[:, excluded]) and not np.any(grads.bias[excluded])
     assert np.all(np.abs(grads.bias[~excluded]) > 0)
 
 
@@ -145,7 +145,7 @@ def test_nll_in_bfloat16(head, hidden):
     assert loss.dtype == nll.dtype == jnp.float32
     np.testing.assert_allclose(loss, wanted, rtol=0.02)
     got, exact = gradient(8)(inputs, targets, weights), gradient(8)({"head": head, "hidden": hidden}, targets, weights)
-    assert got["hidden"].dtype == jnp.bfloat16 and got["head"].kernel.dtype == jnp.float32
+    assert got["hidden"].dtype == jnp.bfloat16 and got["head"].matrix.dtype == jnp.float32
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(np.asarray(g, np.float32), w, atol=0.03 * np.abs(w).max())
 
@@ -194,7 +194,7 @@ def test_mask_and_padding_are_never_predicted_nor_drawn(filters):
 
 def test_exclude_leaves_the_rest_alone(head):
     got = subs(head)
-    np.testing.assert_array_equal(got.kernel, head.kernel)
+    np.testing.assert_array_equal(got.matrix, head.matrix)
     np.testing.assert_array_equal(got.bias[:MASK], head.bias[:MASK])
     middle = exclude(head, PADDED, 3).bias
     np.testing.assert_array_equal(np.flatnonzero(np.asarray(middle) != np.asarray(head.bias)), [3])
