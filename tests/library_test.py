@@ -1,4 +1,4 @@
-"""The library: what `smdlm.load` gives, on a run and on a conversion; the same numbers as the command line's objects."""
+"""The library: what `smdlm.load` gives. Samples, infills, scores, and what is refused."""
 
 import dataclasses
 
