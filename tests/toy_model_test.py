@@ -3,17 +3,15 @@
 Eight forced CPU devices (this file as a program) prove that sharding changes no loss and that what should be split is.
 """
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from recipes import recipe
 
 from smdlm import experiment
 from smdlm.build import assemble, build
@@ -21,73 +19,13 @@ from smdlm.config import read
 from smdlm.data.text import load
 from smdlm.io.writer import read_metrics
 from smdlm.models import MODELS
-from smdlm.models.attention import attention
-from smdlm.models.base import Head, KVCache, MatrixAxes, Model
-from smdlm.models.layers import logical, rotary
 from smdlm.tools.aot.chips import Topology
 from smdlm.tools.aot.measure import compile_sampler, compile_train
 
 # ------------------------------------------------------------------------------------------------------- the new model
 
 
-@dataclasses.dataclass(frozen=True)
-class Toy(Model):
-    """Rounds of attention whose query heads share key heads, nothing between them, and the table as its own head."""
-
-    vocab_size: int
-    width: int = 16
-    rounds: int = 2
-    heads: int = 4
-    key_heads: int = 2
-    causal: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
-    tied = True
-
-    def init(self, key):
-        normal, width = nn.initializers.normal(0.3), self.width // self.heads
-        key_table, key_in, key_out = jax.random.split(key, 3)
-        matrix = logical(normal, "layers", "embed", "heads", "head")
-        return {
-            "table": logical(normal, "vocab", "embed")(key_table, (self.vocab_size, self.width)),
-            "in": matrix(key_in, (self.rounds, self.width, self.heads + 2 * self.key_heads, width)),
-            "out": matrix(key_out, (self.rounds, self.width, self.heads, width)),
-        }
-
-    def apply(self, params, x, *, cond=None, positions=None, mask=None, cache=None, start=0, dropout_key=None):
-        slots, filled = start + jnp.arange(x.shape[1]), []
-        positions = slots if positions is None else positions
-        if self.causal and cache is not None and mask is None:
-            mask = (jnp.arange(cache.keys.shape[2]) <= slots[:, None])[None]
-        causal = self.causal and cache is None
-        for i in range(self.rounds):
-            h = x / (1e-3 + jnp.abs(x).mean(-1, keepdims=True))
-            qkv = jnp.einsum("bld,dhe->blhe", h, params["in"][i].astype(x.dtype))
-            query, key, value = jnp.split(qkv, [self.heads, self.heads + self.key_heads], axis=2)
-            query, key = rotary(query, positions), rotary(key, positions)
-            if cache is not None:
-                key = jax.lax.dynamic_update_slice_in_dim(cache.keys[i], key, start, 1)
-                value = jax.lax.dynamic_update_slice_in_dim(cache.values[i], value, start, 1)
-                filled.append((key, value))
-            seen = attention(query, key, value, mask, causal=causal, implementation=self.attention)
-            x = x + jnp.einsum("blhe,dhe->bld", seen, params["out"][i].astype(x.dtype))
-        return x if cache is None else (x, KVCache(*map(jnp.stack, zip(*filled, strict=True))))
-
-    def table(self, params):
-        return params["table"]
-
-    def head(self, params):
-        return Head(params["table"].T, jnp.zeros(self.vocab_size))
-
-    def cache(self, batch, length):
-        return KVCache.zeros(self.rounds, batch, length, self.key_heads, self.width // self.heads, self.dtype)
-
-    def matrices(self):
-        return {"table": None, "in": MatrixAxes((1,), (2, 3)), "out": MatrixAxes((2, 3), (1,))}
-
-    def flops(self, length):
-        return 2.0 * self.rounds * self.width * (2 * self.width * (1 + self.key_heads / self.heads) + 2 * length)
+Toy = recipe("model")["Toy"]
 
 
 # ---------------------------------------------------------------------------------------- all that is done with a model
