@@ -1,6 +1,7 @@
 """Prepared shards: the same as in memory, after a kill too; limits, checks and damage."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -165,3 +166,25 @@ def test_damaged_shards(tmp_path, capsys):
     (out / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="got an unreadable .*manifest.json"):
         load(config_of(f"prepared:{out}"))
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path, capsys):
+    source = write_documents(tmp_path / "documents")
+    command = [f"--source={source}", "--tokenizer=bytes", "--seq-len=16", f"--shard-mb={SMALL}", "--val-fraction=.2"]
+    assert prepare.main([*command, f"--out={tmp_path}/straight"]) == 0
+    command.append(f"--out={tmp_path}/out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # less than a shard, more than the progress
+    try:
+        assert prepare.main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "val-00000.array_record" in error and "File too large" in error
+    assert prepare.main(command) == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "straight")
+
+
+def test_an_output_that_is_not_utf8_is_refused(tmp_path, capsys):
+    assert prepare.main(["--source=stdlib:source", "--tokenizer=bytes", f"--out={tmp_path}/caf\udce9"]) == 2
+    assert "caf\\udce9, wanted a name in UTF-8" in capsys.readouterr().err and not list(tmp_path.iterdir())

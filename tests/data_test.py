@@ -1,10 +1,15 @@
 """Configuration, splitting, packing and batches of the data package."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 from data_helpers import config_of, stream_of, write_documents
 
-from smdlm.data import corpus, packing
+from smdlm.config import read
+from smdlm.data import corpus, packing, prepare, sources
+from smdlm.data.config import KINDS, Prepared, spec_of
 from smdlm.data.readers import matching_files
 from smdlm.data.split import with_splits
 from smdlm.data.text import batches, load
@@ -42,6 +47,78 @@ def test_bad_config(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         config_of(**({"spec": "stdlib:source"} | changes))
     assert "\n" not in str(caught.value)
+
+
+def read_data(given_by_user=(), **data):
+    """config.data of a config with these fields."""
+    whole = {"model": {"width": 8, "depth": 1, "heads": 1}, "train": {"steps": 1}}
+    common = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 4}
+    return read({**whole, "data": common | data}, given_by_user).data
+
+
+def test_fields_of_a_source_stand_beside_it():
+    assert read_data(source="jsonl:a:b.jsonl", field="body").source == sources.Jsonl("a:b.jsonl", "body")
+    assert read_data(source="tfds:x", val_split="test").source == sources.Tfds("x", val_split="test")
+    assert read_data(source="prepared:dir").source == Prepared("dir")
+    for kind in KINDS:
+        spec = f"{kind}:{'source' if kind == 'stdlib' else 'x'}"
+        assert spec_of(read_data(source=spec).source) == spec
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"source": "web:x"},
+            "data.source: got 'web:x', wanted 'stdlib:PART' | 'text:GLOB' | 'jsonl:GLOB' | 'tfds:NAME'",
+        ),
+        ({"source": "jsonl"}, "data.source: got 'jsonl', wanted"),
+        ({"source": 3}, "config.data.source: got 3, wanted str"),
+        ({}, "config.data: got no source, wanted 'stdlib:PART'"),
+        ({"source": "text:x", "field": "body"}, "field (a field of source jsonl"),
+        ({"source": "jsonl:x", "train_split": "a"}, "train_split (a field of source tfds)"),
+        ({"source": "jsonl:x", "glob": "a"}, "got unknown field glob, wanted"),
+        ({"source": "jsonl:x", "field": 3}, "config.data.field: got 3, wanted str"),
+    ],
+)
+def test_sources_refuse_what_is_not_theirs(data, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_data(**data)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_source_on_the_command_line_drops_the_fields_of_the_old_one():
+    """Those that it has too stay: they mean the same."""
+    file = {"field": "body", "val_split": "test"}
+    assert read_data(["data.source"], source="text:x", **file).source == sources.Text("x")
+    assert read_data(["data.source"], source="jsonl:x", **file).source == sources.Jsonl("x", "body")
+    with pytest.raises(ValueError, match="a field of source jsonl"):
+        read_data(["data.source", "data.field"], source="text:x", **file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A source of one class: the numbers up to a limit, in words of a base."""
+
+    limit: str
+    prefix: str = "n"
+
+    def documents(self):
+        for i in range(int(self.limit)):
+            yield sources.Document(f"{i}", lambda i=i: f"{self.prefix}{i}", "val" if i % 5 == 0 else "train")
+
+    def identity(self):
+        return self.limit
+
+
+def test_a_new_source_is_one_class_and_one_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(sources.SOURCES, "numbers", Numbers)
+    data = load(read_data(source="numbers:100", prefix="x"))
+    assert data.tokenizer.decode(stream_of(data.train)).startswith("x1\nx2\nx3\nx4\nx6\n")
+    command = ["--source=numbers:100", "--prefix=x", "--tokenizer=bytes", "--seq-len=16", f"--out={tmp_path}/out"]
+    assert prepare.main(command) == 0
+    ready = load(config_of(f"prepared:{tmp_path}/out"))
+    np.testing.assert_array_equal(stream_of(ready.train), stream_of(data.train))
 
 
 # Splitting and packing

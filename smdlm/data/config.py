@@ -2,6 +2,8 @@
 
 import dataclasses
 import shlex
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smdlm.data.readers import printable
@@ -22,8 +24,8 @@ class Prepared:
         local_path("data.source", self.folder)
 
 
-# What may stand before the colon of config.data.source.
-KINDS: dict[str, type] = {**SOURCES, "prepared": Prepared}
+# What may stand before the colon of config.data.source: a view, so that what is added to SOURCES is here as well.
+KINDS: Mapping[str, type] = ChainMap({"prepared": Prepared}, SOURCES)
 
 
 def spec_of(source: Source | Prepared) -> str:

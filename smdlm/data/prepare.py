@@ -8,6 +8,7 @@ Validation comes first, then training, so that a limit on the output (--max-gb) 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,7 @@ from array_record.python import array_record_module
 from smdlm import files
 from smdlm.data.config import FRAMINGS, DataConfig, spec_of
 from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, read_manifest, too_short
+from smdlm.data.readers import printable
 from smdlm.data.sources import SOURCES, make_source, own_fields, spelled
 from smdlm.data.split import Account, with_splits
 from smdlm.data.tokenizer import SPECS, bpe_tokenizer, make_tokenizer
@@ -44,6 +46,8 @@ class Output:
     max_gb: float = 0.0
 
     def __post_init__(self):
+        if printable(self.folder) != str(self.folder):
+            raise ValueError(f"--out: got {printable(self.folder)}, wanted a name in UTF-8: ArrayRecord takes no other")
         if not self.shard_mb > 0:
             raise ValueError(f"--shard-mb: got {self.shard_mb}, wanted more than 0 (MiB)")
         if not self.max_gb >= 0:
@@ -176,15 +180,26 @@ class _Shard:
         self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
 
     def write(self, block: bytes) -> None:
-        self._writer.write(block)
+        with self._errors_of_disk():
+            self._writer.write(block)
         self.blocks += 1
 
     def close(self) -> dict:
-        """Completes the file and returns its line of the manifest."""
-        self._writer.close()
+        """Completes the file and returns its line of the manifest. OSError on a full disk."""
+        with self._errors_of_disk():
+            self._writer.close()
         os.replace(self._temporary, self._file)
         size = self._file.stat().st_size
         return {"file": self.name, "blocks": self.blocks, "bytes": size, "sha256": files.sha256(self._file)}
+
+    @contextlib.contextmanager
+    def _errors_of_disk(self) -> Iterator[None]:
+        """ArrayRecord says RuntimeError where its file cannot be written."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise OSError(f"{self._file}: {files.one_line(error)}; the same command continues") from error
 
 
 def _settings(config: DataConfig, output: Output) -> dict:
