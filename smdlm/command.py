@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import importlib.util
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from smdlm.files import local_path
+from smdlm.files import local_path, plain_output
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
@@ -55,20 +54,6 @@ def run(
     plain_output()
     define_flags()
     app.run(guarded, flags_parser=parse)
-
-
-def plain_output() -> None:
-    """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error."""
-    spelled = {"±": "+-", "ω": "omega", "λ": "lambda"}
-
-    def spell(error: UnicodeError) -> tuple[str, int]:
-        missing = error.object[error.start : error.end]
-        return "".join(spelled.get(character, "?") for character in missing), error.end
-
-    codecs.register_error("smdlm_spell", spell)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="smdlm_spell")
 
 
 def is_users(error: BaseException) -> bool:

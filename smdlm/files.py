@@ -1,13 +1,16 @@
-"""Files written whole or not at all, their hash, and errors told in one line: once each for the package. No jax."""
+"""Files and terminals, once each for the package: atomic writes, hashes, paths, locks, plain text. No jax."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,11 +53,28 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
     Raises:
       ValueError: a URL, which would silently become a local folder named 'gs:'. what: the flag or field, for the line.
     """
-    if "://" in str(text):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(text)):
         raise ValueError(
             f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"
         )
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{what}: got {text} ({error}), wanted a path") from None
+
+
+def plain_output() -> None:
+    """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error."""
+    spelled = {"±": "+-", "ω": "omega", "λ": "lambda"}
+
+    def spell(error: UnicodeError) -> tuple[str, int]:
+        missing = error.object[error.start : error.end]
+        return "".join(spelled.get(character, "?") for character in missing), error.end
+
+    codecs.register_error("smdlm_spell", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="smdlm_spell")
 
 
 LOCK = ".lock"

@@ -71,9 +71,8 @@ def test_a_gate_and_a_mixer(added, tmp_path):
     names = added("gate")
     summary, workdir = trained(tmp_path, softmask={"gate": "power", "mixer": "add", "scale": 0.25, "power": 2.0})
     rows = read_metrics(workdir / "metrics.jsonl")
-    assert (
-        abs(rows[0]["train/omega_scale"] - 0.25) < 0.2 and rows[0]["train/omega_scale"] != rows[1]["train/omega_scale"]
-    )
+    first, second = (row["train/omega_scale"] for row in rows[:2])
+    assert abs(first - 0.25) < 0.2 and first != second
     assert set(summary["omega"]) == {"scale", "power"} and (workdir / "omega.png").stat().st_size > 0
     gate = names["PowerGate"](0.25, 2.0)
     np.testing.assert_allclose(gate(gate.init(), jnp.array([[0.0, -0.5]])), [[0.25, 0.25 * np.exp(-1)]], rtol=1e-5)
@@ -81,18 +80,18 @@ def test_a_gate_and_a_mixer(added, tmp_path):
 
 def test_a_source(added, tmp_path):
     names = added("source")
-    (tmp_path / "table.csv").write_text("id,body\n" + "".join(f'{i},"row {i} of a table, quoted"\n' for i in range(40)))
+    (tmp_path / "table.csv").write_text("id,body\n" + "".join(f'{i},"row {i} of a table, quoted"\n' for i in range(400)))
     summary, _ = trained(tmp_path, data={"source": f"csv:{tmp_path}/table.csv", "column": "body"})
     assert summary["steps"] == 4
     documents = list(names["Csv"](str(tmp_path / "table.csv"), "body").documents())
-    assert documents[3].read() == "row 3 of a table, quoted" and len({d.key for d in documents}) == 40
+    assert documents[3].read() == "row 3 of a table, quoted" and len({d.key for d in documents}) == 400
 
 
 def test_a_metric(added, tmp_path):
     added("metric")
     summary, workdir = trained(tmp_path, eval={"metrics": "likelihood,guess"})
     value = summary["values"]["guessed"]
-    assert 0 <= value["mean"] <= 1 and value["interval"] > 0 and summary["val_guessed"] == value["mean"]
+    assert 0 <= value["mean"] <= 1 and value["interval"] >= 0 and summary["val_guessed"] == value["mean"]
     assert read_metrics(workdir / "metrics.jsonl")[-1]["val/guessed"] == value["mean"]
 
 

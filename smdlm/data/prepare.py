@@ -277,9 +277,7 @@ def _source_flags() -> dict[str, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status, 2 with one line on stderr for bad input."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is ASCII must not end hours of work at a file's name
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    files.plain_output()
     values = vars(_parser().parse_args(argv))
     try:
         out = files.local_path("--out", values.pop("out"))
@@ -290,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{out}: all checksums match")
             return 0
         source = make_source(values.pop("source"), given)
-        manifest = prepare(DataConfig(source=source, batch_size=1, **values), output)
+        config = DataConfig(source=source, batch_size=1, **values)
+        with files.owned(out, "--out"):
+            manifest = prepare(config, output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

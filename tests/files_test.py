@@ -1,0 +1,69 @@
+"""Paths, locks, atomic writes and terminals: once each, for every command."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from smdlm import files
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/run", "s3://b", "https://x/y", "gs:/bucket/run", "file:///tmp/x"])
+def test_a_url_is_no_path(text):
+    with pytest.raises(ValueError, match=f"--workdir: got the URL {text}, wanted a local path"):
+        files.local_path("--workdir", text)
+
+
+def test_home_is_expanded_and_other_paths_stay(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.local_path("x", "~/runs/a") == Path("/home/me/runs/a")
+    assert files.local_path("x", "runs/a:b") == Path("runs/a:b")
+    with pytest.raises(ValueError, match="x: got ~nobody_here/a"):
+        files.local_path("x", "~nobody_here/a")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    files.write(tmp_path / "deep" / "a", "old")
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "deep" / "a", {"x": float("nan")})
+    with pytest.raises(OSError):
+        files.write(tmp_path / "deep", "a folder stands there")
+    assert (tmp_path / "deep" / "a").read_text() == "old" and os.listdir(tmp_path / "deep") == ["a"]
+
+
+HOLD = "import sys, time; from pathlib import Path; from smdlm import files\n"
+HOLD += "with files.owned(Path(sys.argv[1]), '--workdir'):\n    print('mine', flush=True); time.sleep(60)"
+
+
+def test_a_folder_has_one_writer_and_a_dead_one_does_not_count(tmp_path):
+    """The second ends at once and names the first; kill -9 frees the folder; nothing is left behind."""
+    folder = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "mine\n"
+    with pytest.raises(ValueError, match=f"which process {first.pid} on .* is writing, wanted a folder of its own"):
+        with files.owned(folder, "--workdir"):
+            pass
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with files.owned(folder, "--workdir"):
+        (folder / "result").touch()
+    assert os.listdir(folder) == ["result"]
+    with files.owned(tmp_path / "empty", "--workdir"):
+        pass
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "3 +- 1 omega ?"), ("latin-1", "3 ± 1 omega ?")])
+def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding, shown):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    files.plain_output()
+    print("3 ± 1 ω 中")
+    sys.stdout.flush()
+    assert raw.getvalue().decode(encoding) == f"{shown}\n"
