@@ -32,7 +32,8 @@ def pytest_runtest_call(item):
     STARTED.add(item.nodeid)
     arrays.FAILURES.clear()
     result = yield
-    assert not arrays.FAILURES, "\n".join(arrays.FAILURES)
+    if arrays.FAILURES:
+        pytest.fail("\n".join(arrays.FAILURES), pytrace=False)
     return result
 
 

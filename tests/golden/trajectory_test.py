@@ -11,6 +11,7 @@ import pytest
 from golden.arrays import NOISE, TRAJECTORY_FACTOR, Arrays, Group, compare, largest
 from golden.forms import chances, draw_of, mixture, sampler
 from golden.models import MDLM, Reference, denoise
+from smdlm.denoiser import Denoiser
 from smdlm.ops.filters import Filters
 from smdlm.sampling.loop import Carry, Sampler
 from smdlm.sampling.policies import linear_times
@@ -25,14 +26,17 @@ def trajectories() -> list[tuple[str, str]]:
     return [(name, m[1]) for name in names for m in MDLM.arrays(name).matches("(.*)__x_in")]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict(run: Sampler, params: Any, carry: Carry) -> tuple[jax.Array, jax.Array]:
-    """What the next step will use: hidden states [B, L, D], and filtered probabilities [B, L, V padded]."""
-    hidden = run.denoiser(params, carry.canvas, carry.feedback)
-    if carry.hidden is not None:
-        hidden = jnp.where(carry.changed[:, None, None], hidden, carry.hidden)
-    logits = run.denoiser.head(params).logits(hidden)
-    return hidden, run.filters.probs(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def filtered(denoiser: Denoiser, filters: Filters, params: Any, hidden: jax.Array) -> jax.Array:
+    """What is drawn from, not normalised: hidden states [B, L, D] -> [B, L, V padded]."""
+    logits = denoiser.head(params).logits(hidden)
+    return filters.probs(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
+
+
+def hidden_states(run: Sampler, params: Any, carry: Carry) -> jax.Array:
+    """[B, L, D] that the next step will use."""
+    hidden = denoise(run.denoiser, params, carry.canvas, carry.feedback)
+    return hidden if carry.hidden is None else jnp.where(carry.changed[:, None, None], hidden, carry.hidden)
 
 
 step = jax.jit(Sampler.step, static_argnums=0)
@@ -48,7 +52,6 @@ def stored_sampler(stored: Arrays, tag: str, reference: Reference) -> tuple[Samp
         reference.readout,
         sampler(value["sampler"]).policy(value),
         Filters(top_p=value["p_nucleus"], top_p_rule="reference"),
-        steps=int(stored[f"{tag}__num_steps"]),
         use_feedback=bool(value["sm"]),
         refresh="on_batch_change" if value["cache"] else "always",
     )
@@ -92,18 +95,20 @@ def test_trajectory(diffusion, name, tag):
         assert int(stored["mask_index"]) == mask_id
     u = stored["U"] if "U" in stored else MDLM.arrays("trajectory.npz")["U"]
     run, params, end = stored_sampler(stored, tag, diffusion)
-    times = linear_times(run.steps, end)
+    steps = int(stored[f"{tag}__num_steps"])
+    times = linear_times(steps, end)
     stored.check(NOISE, f"{tag}__t", times.t)
-    compare(NOISE, f"{name} {tag}__dt", times.t - times.s, np.broadcast_to(stored[f"{tag}__dt"], (run.steps,)))
+    compare(NOISE, f"{name} {tag}__dt", times.t - times.s, np.broadcast_to(stored[f"{tag}__dt"], (steps,)))
 
     x_in, x_out, log_p, gaps, forwards, size = [], [], [], [], [], 0.0
     carry = run.init(jnp.asarray(stored[f"{tag}__x_in"][0]))
     prompt = jnp.zeros(carry.canvas.shape, bool)
-    for i in range(run.steps):
+    for i in range(steps):
         canvas, now = np.asarray(carry.canvas), jax.tree.map(lambda x, i=i: x[i], times)
         forwards.append(bool(carry.changed.any()) or run.refresh == "always")
-        hidden, probs = predict(run, params, carry)
-        probs = np.asarray(probs, np.float64)[..., : diffusion.vocab]
+        hidden = hidden_states(run, params, carry)
+        probs = np.asarray(filtered(run.denoiser, run.filters, params, hidden), np.float64)
+        probs = probs[..., : diffusion.vocab]
         probs /= probs.sum(-1, keepdims=True)
         race = race_of(run, carry, now, probs, u[i])
         gaps.append(smallest_gap(race))
