@@ -21,7 +21,7 @@ from smdlm.config import read
 from smdlm.data.text import load
 from smdlm.io.writer import read_metrics
 from smdlm.models import MODELS
-from smdlm.models.attention import attention
+from smdlm.models.attention import attention, not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model
 from smdlm.models.layers import logical, rotary
 from smdlm.tools.aot.chips import Topology
@@ -58,8 +58,8 @@ class Toy(Model):
     def apply(self, params, x, *, cond=None, positions=None, mask=None, cache=None, start=0, dropout_key=None):
         slots, filled = start + jnp.arange(x.shape[1]), []
         positions = slots if positions is None else positions
-        if self.causal and cache is not None and mask is None:
-            mask = (jnp.arange(cache.keys.shape[2]) <= slots[:, None])[None]
+        if self.causal and cache is not None:
+            mask = not_after(slots, cache.keys.shape[2], mask)
         causal = self.causal and cache is None
         for i in range(self.rounds):
             h = x / (1e-3 + jnp.abs(x).mean(-1, keepdims=True))
@@ -67,12 +67,11 @@ class Toy(Model):
             query, key, value = jnp.split(qkv, [self.heads, self.heads + self.key_heads], axis=2)
             query, key = rotary(query, positions), rotary(key, positions)
             if cache is not None:
-                key = jax.lax.dynamic_update_slice_in_dim(cache.keys[i], key, start, 1)
-                value = jax.lax.dynamic_update_slice_in_dim(cache.values[i], value, start, 1)
-                filled.append((key, value))
+                filled.append(KVCache(cache.keys[i], cache.values[i]).write(key, value, start))
+                key, value = filled[i].keys, filled[i].values
             seen = attention(query, key, value, mask, causal=causal, implementation=self.attention)
             x = x + jnp.einsum("blhe,dhe->bld", seen, params["out"][i].astype(x.dtype))
-        return x if cache is None else (x, KVCache(*map(jnp.stack, zip(*filled, strict=True))))
+        return x if cache is None else (x, jax.tree.map(lambda *layers: jnp.stack(layers), *filled))
 
     def table(self, params):
         return params["table"]
