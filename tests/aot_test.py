@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from build_test import make_config
 from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_denoiser, make_params
 
+from configs import ar_tiny, tiny
 from smdlm.config import read
 from smdlm.objective import SoftMaskedDiffusion
 from smdlm.tools.aot import hlo, measure
@@ -214,6 +214,18 @@ def test_rows_and_text():
 # The programs, on this machine's CPU in the place of a topology's chips
 
 
+def make_config(base=tiny, **changes):
+    """A config without its data, smaller; `model__causal=True` sets config.model.causal."""
+    config = base.get_config()
+    config.model.update(width=64, depth=3, heads=2, cond=8, remat="none")
+    config.data.update(source="prepared:nowhere", tokenizer="gpt2", seq_len=16, batch_size=4)
+    config.readout.chunk, config.optimizer.name, config.sampling.steps = 16, "adamw", 4
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        config[section][field] = value
+    return read(config)
+
+
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[:1])
@@ -223,11 +235,7 @@ def here(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 def test_programs_of_a_config(here, causal):
     """Compiled without data, from the vocabulary's sizes; FLOPs are near what the mathematics needs."""
-    changes = {"model__causal": True, "softmask__p_sm": 0.0} if causal else {}
-    config = make_config("prepared:nowhere", data__tokenizer="gpt2", readout__chunk=16, **changes)
-    config.model.update(width=64, depth=3, remat="none")
-    config.optimizer.name = "adamw"
-    config = read(config)
+    config = make_config(ar_tiny if causal else tiny)
     for report in (compile_train(config, here), compile_sampler(config, here)):
         total = sum(w.flops for w in report.work)
         assert report.fits and report.peak > report.arguments > 0
@@ -239,12 +247,12 @@ def test_programs_of_a_config(here, causal):
 
 def test_batches_that_do_not_divide_are_refused(here):
     with pytest.raises(ValueError, match="data.batch_size: got 4, wanted a multiple of 3"):
-        config = read(make_config())
+        config = make_config()
         compile_train(dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=3)), here)
 
 
 def test_sweeps_end_at_the_largest_batch(monkeypatch, here):
-    config = read(make_config(data__batch_size=8))
+    config = make_config(data__batch_size=8)
 
     def fake(limit, peak=lambda batch: 1):
         def tried(config, *_, **__):

@@ -246,6 +246,7 @@ def test_causal_model_ignores_the_future(causal):
 
 @pytest.mark.parametrize("parts", [[1] * L, [3, 1, 2], [L]])
 def test_kv_cache_is_the_full_forward(causal, parts):
+    """In any pieces, with one program for all pieces of a size: where a piece starts is a value."""
     denoiser, params, forward = causal
     decode = jax.jit(lambda params, ids, cache, start: denoiser(params, ids, cache=cache, start=start))
     cache, start, hidden = denoiser.model.cache(B, L + 2), 0, []  # a cache longer than what is in it
@@ -254,6 +255,61 @@ def test_kv_cache_is_the_full_forward(causal, parts):
         hidden.append(part)
         start += size
     np.testing.assert_allclose(jnp.concatenate(hidden, 1), forward(params, tokens()), rtol=1e-4, atol=1e-4)
+    assert decode._cache_size() == len(set(parts))
+
+
+# Masks and padding
+
+
+def test_kv_cache_takes_any_mask(bidirectional):
+    """A block that is denoised behind a finished one: two pieces through the cache are one forward with their mask.
+
+    What a piece had written is written anew when it comes again, so that a block can be denoised step by step.
+    """
+    denoiser, params, _ = bidirectional
+    first, slots = 4, L + 2
+    mask = (jnp.arange(L) < jnp.where(jnp.arange(L) < first, first, L)[:, None])[None]
+    wanted = jax.jit(lambda p, x: denoiser(p, x, mask=mask))(params, tokens())
+    cached = jax.jit(lambda p, x, cache, start, mask: denoiser(p, x, cache=cache, start=start, mask=mask))
+    written = lambda count: (jnp.arange(slots) < count)[None, None]
+    one, cache = cached(params, tokens()[:, :first], denoiser.model.cache(B, slots), 0, written(first))
+    for seed in (1, 0):
+        two, cache = cached(params, tokens(seed=seed)[:, first:], cache, first, written(L))
+    np.testing.assert_allclose(jnp.concatenate([one, two], 1), wanted, rtol=1e-4, atol=1e-4)
+    plain = jax.jit(denoiser)(params, tokens())
+    assert np.abs(plain - wanted)[:, :first].max() > 1e-2, "the mask says nothing"
+
+
+def left_padded(ids, padding):
+    """(rows moved right by `padding` [B], with junk before them; positions [B, L]; mask [B, 1, L])."""
+    columns = jnp.arange(ids.shape[1])[None]
+    moved = jnp.stack([jnp.roll(row, n) for row, n in zip(ids, padding, strict=True)])
+    start = jnp.asarray(padding)[:, None]
+    return moved, columns - start, (columns >= start)[:, None]
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "causal"])
+def test_left_padded_rows_are_the_rows_alone(kind, request):
+    denoiser, params, forward = request.getfixturevalue(kind)
+    ids, positions, mask = left_padded(tokens(), [0, 2])
+    got = jax.jit(lambda p, *xs: denoiser(p, xs[0], positions=xs[1], mask=xs[2]))(params, ids, positions, mask)
+    for row, n in ((0, 0), (1, 2)):
+        alone = forward(params, ids[row : row + 1, n:])[0]
+        np.testing.assert_allclose(got[row, n:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_left_padded_rows_through_the_cache(causal):
+    """The padding of prompts of several lengths stays hidden while one token after another is added."""
+    denoiser, params, forward = causal
+    ids, positions, mask = left_padded(tokens(), [0, 2])
+    cache, hidden = denoiser.model.cache(B, L), []
+    step = jax.jit(lambda p, x, at, cache, start: denoiser(p, x, positions=at, mask=mask, cache=cache, start=start))
+    for piece in (slice(0, 3), *(slice(i, i + 1) for i in range(3, L))):
+        part, cache = step(params, ids[:, piece], positions[:, piece], cache, piece.start)
+        hidden.append(part)
+    got = jnp.concatenate(hidden, 1)
+    for row, n in ((0, 0), (1, 2)):
+        np.testing.assert_allclose(got[row, n:], forward(params, ids[row : row + 1, n:])[0], rtol=1e-4, atol=1e-4)
 
 
 # Rotary embedding

@@ -80,7 +80,9 @@ def test_a_gate_and_a_mixer(added, tmp_path):
 
 def test_a_source(added, tmp_path):
     names = added("source")
-    (tmp_path / "table.csv").write_text("id,body\n" + "".join(f'{i},"row {i} of a table, quoted"\n' for i in range(400)))
+    (tmp_path / "table.csv").write_text(
+        "id,body\n" + "".join(f'{i},"row {i} of a table, quoted"\n' for i in range(400))
+    )
     summary, _ = trained(tmp_path, data={"source": f"csv:{tmp_path}/table.csv", "column": "body"})
     assert summary["steps"] == 4
     documents = list(names["Csv"](str(tmp_path / "table.csv"), "body").documents())

@@ -54,6 +54,12 @@ def attention(
     return checkpoint_name(out, "attention")
 
 
+def not_after(slots: jax.Array, keys: int, mask: jax.Array | None) -> jax.Array:
+    """The mask of a causal model with a cache: [B or 1, L, M] from the slots [L] of its positions, for M keys."""
+    order = (jnp.arange(keys) <= slots[:, None])[None]
+    return order if mask is None else mask & order
+
+
 def _on_each_shard(
     library: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:

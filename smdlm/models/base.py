@@ -41,6 +41,13 @@ class KVCache(flax.struct.PyTreeNode):
         shape = (layers, batch, length, heads, width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> KVCache:
+        """One layer's [B, M, G, E] with the slots start .. start + L - 1 replaced by key and value [B, L, G, E]."""
+        return KVCache(
+            jax.lax.dynamic_update_slice_in_dim(self.keys, key, start, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(self.values, value, start, axis=1),
+        )
+
 
 class MatrixAxes(NamedTuple):
     """Which axes of a parameter are the input and the output of a linear map; all others number separate matrices."""
@@ -92,9 +99,10 @@ class Model(Protocol):
           params: as from `init`, unboxed.
           cond: [B] f32 sigma of the noise, or None (no time conditioning).
           positions: [L] or [B, L] i32 for the position embedding; start .. start + L - 1 by default.
-          mask: [B or 1, L, M] bool, what each position may attend to: padding, or anything else. By default all, or
-            for a causal model what is not after it.
-          cache: keys and values of M slots, of which start .. start + L - 1 are written by this call.
+          mask: [B or 1, L or 1, M] bool, what each position may attend to: padding, or anything else; None is all. A
+            causal model sees nothing after a position whatever the mask says. With a cache the mask must hide the slots
+            that nothing was written to, but for a causal model, which does not look ahead.
+          cache: keys and values of M slots, of which start .. start + L - 1 are written by this call; M = L without.
           dropout_key: None turns dropout off.
         """
         ...

@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm.mesh.traced import split_batch
-from smdlm.models.attention import attention, is_cudnn
+from smdlm.models.attention import attention, is_cudnn, not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
 from smdlm.models.layers import Dropout, LayerNorm, Linear, gelu, logical, rotary, uniform_fan_in
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
             # Chunks in the reference's order. Zero at the start.
             adaln = Linear((6, width), ("cond", None, "embed"), dtype, zero=True, name="adaln")(cond)
             shift1, scale1, gate1, shift2, scale2, gate2 = (adaln[:, None, i] for i in range(6))
-        drop = (lambda h: h) if self.deterministic else Dropout(cfg.dropout)
+        drop = Dropout(0.0 if self.deterministic else cfg.dropout)
 
         h = LayerNorm(dtype, name="norm1")(x, shift1, scale1)
         names = ("embed", None, "heads", "head")
@@ -160,8 +160,7 @@ class Block(nn.Module):
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-            cache = KVCache(write(cache.keys, key), write(cache.values, value))
+            cache = cache.write(key, value, start)
             key, value = cache.keys, cache.values
         h = attention(query, key, value, mask, causal=cfg.causal and cache is None, implementation=cfg.attention)
         names = ("heads", "head", "embed")
@@ -192,8 +191,8 @@ class Network(nn.Module):
         slots = start + jnp.arange(x.shape[1])
         if positions is None:
             positions = slots
-        if mask is None and cache is not None and cfg.causal:
-            mask = (jnp.arange(cache.keys.shape[2]) <= slots[:, None])[None]
+        if cache is not None and cfg.causal:
+            mask = not_after(slots, cache.keys.shape[2], mask)
         if cfg.causal:
             cond = None
         else:

@@ -51,6 +51,8 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.rate == 0:
+            return x
         words = jax.random.key_data(self.make_rng("dropout")).astype(jnp.uint32)
         row_count, width = x.size // x.shape[-1], x.shape[-1]
         rows = _mix(jax.lax.iota(jnp.uint32, row_count) * np.uint32(0x9E3779B9) + words[0]).reshape(*x.shape[:-1], 1)

@@ -243,7 +243,7 @@ class _Dump:
         found: dict[str, tuple[int, int]] = {}
         for name, index, size in re.findall(r"^\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", peak, re.M):
             what = name
-            if i := instructions.get(name):
+            if (i := instructions.get(name)) and i.type:
                 array = i.type[min(int(index.partition(",")[0] or 0), len(i.type) - 1)]
                 what = f"{array.text} {'argument' if i.opcode == 'parameter' else self._program.part(i) or i.opcode}"
             total, n = found.get(what, (0, 0))
