@@ -32,7 +32,7 @@ DTYPES = {
 }
 # What zipfile raises for the many ways in which a file can be damaged.
 DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, ValueError, KeyError, IndexError)
-DAMAGE += (struct.error, OverflowError)
+DAMAGE += (struct.error, OverflowError, OSError)
 
 
 # --------------------------------------------------------------------------------------------------------- reading

@@ -211,7 +211,7 @@ class _Unpickler(pickle._Unpickler):
         parts = [key]
         while parts:
             part = parts.pop()
-            self.spend(sys.getsizeof(part) // 64)
+            self.spend(1 + sys.getsizeof(part) // 64)
             if isinstance(part, (tuple, frozenset)):
                 parts.extend(part)
             elif not (part is None or isinstance(part, (str, bytes, int, float)) or is_opaque(part)):
