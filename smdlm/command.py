@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import os
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from smdlm.files import local_path
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
@@ -41,13 +44,31 @@ def run(
     def guarded(_: Sequence[str]) -> None:
         try:
             main()
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             if not is_users(error):
                 raise
             fail(error)
 
+    plain_output()
     define_flags()
     app.run(guarded, flags_parser=parse)
+
+
+def plain_output() -> None:
+    """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error."""
+    spelled = {"±": "+-", "ω": "omega", "λ": "lambda"}
+
+    def spell(error: UnicodeError) -> tuple[str, int]:
+        missing = error.object[error.start : error.end]
+        return "".join(spelled.get(character, "?") for character in missing), error.end
+
+    codecs.register_error("smdlm_spell", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="smdlm_spell")
 
 
 def is_users(error: BaseException) -> bool:
@@ -103,9 +124,11 @@ def load_config(path: str | os.PathLike) -> Any:
     Raises:
       FileNotFoundError, ValueError: one line; whatever the file does wrong.
     """
+    path = local_path("--config", path)
     spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or not Path(path).exists():
+    if spec is None or not path.exists():
         raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
+    _let_import_neighbours(path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -126,6 +149,15 @@ def check_config_file(argv: Sequence[str]) -> None:
     if not given or not Path(given[-1].partition(":")[0]).is_file():
         got = given[-1] if given else "nothing"
         raise ValueError(f"--config: got {got}, wanted a Python file, e.g. --config=configs/tiny.py")
+    _let_import_neighbours(Path(given[-1].partition(":")[0]))
+
+
+def _let_import_neighbours(file: Path) -> None:
+    """A file CHECKOUT/configs/x.py may say `from configs import y`, wherever the program runs."""
+    folder = file.resolve().parent
+    if folder.name == "configs":
+        sys.path.insert(0, str(folder.parent))
+        sys.modules.pop("configs", None)  # one of another folder
 
 
 # -------------------------------------------------------------------------------------------------------------- paths

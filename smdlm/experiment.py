@@ -19,7 +19,7 @@ from absl import logging
 
 from smdlm.build import Experiment
 from smdlm.evaluate.base import Subject, Value, weights
-from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
@@ -39,10 +39,6 @@ class Sampled:
     texts: list[str]
     ids: np.ndarray
     forwards: int
-
-
-def checkpointer_of(workdir: Path, keep: int = 1) -> Checkpointer:
-    return Checkpointer(workdir / "checkpoints", keep=keep)
 
 
 # ---------------------------------------------------------------------------------------------- evaluating, sampling

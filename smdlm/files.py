@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -67,3 +69,52 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
             f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"
         )
     return Path(text).expanduser()
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def owned(folder: Path, what: str) -> Iterator[None]:
+    """Makes this process the only one that writes a folder; others may read it meanwhile.
+
+    By a lock of the operating system on FOLDER/.lock, which ends with the process however it ends. The folder is made,
+    and taken away again if nothing was written. Where a file system has no locks nothing is prevented.
+
+    Raises:
+      ValueError: another process has it; names its pid and host. what: the flag, for the line.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _locked(folder, what)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+
+
+def _locked(folder: Path, what: str) -> IO[str]:
+    """The open lock file, with the owner's name in it."""
+    path = folder / LOCK
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"{what}: got {folder}, which {owner} is writing, wanted a folder of its own: wait for it, stop it, or "
+                "name another one"
+            ) from None
+        except OSError:
+            return file
+        # The owner before may have taken the file away between our opening and locking it.
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file
+        file.close()

@@ -23,10 +23,9 @@ from smdlm import command
 from smdlm.config import read
 from smdlm.convert import files, mdlm, mdlm_export
 from smdlm.data.tokenizer import make_tokenizer
-from smdlm.experiment import checkpointer_of
-from smdlm.files import local_path
+from smdlm.files import local_path, owned
 from smdlm.full_softmask import FullSoftMask
-from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.checkpoint import checkpointer_of
 from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
@@ -34,15 +33,15 @@ KINDS = ("mdlm", "ar")
 SIZES = ("vocab_size", "width", "depth", "heads", "cond")
 
 
-def checkpoints(workdir: Path) -> Checkpointer:
-    """Those of a workdir, which may be named by its folder `checkpoints`."""
-    return checkpointer_of(workdir.parent if workdir.name == "checkpoints" else workdir)
+def workdir_of(path: Path) -> Path:
+    """A workdir, which may be named by its folder `checkpoints`."""
+    return path.parent if path.name == "checkpoints" else path
 
 
 def import_checkpoint(args: argparse.Namespace) -> list[str]:
     """SRC -> orbax; returns the lines to print. Raises before anything is written, except for a full disk."""
-    wanted = _wanted(args)
-    with contextlib.closing(checkpoints(args.dst)) as checkpointer:
+    wanted, workdir = _wanted(args), workdir_of(args.dst)
+    with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
         if (step := checkpointer.latest_step()) is not None:
             raise files.FileError(f"got {args.dst}, which holds a checkpoint of step {step}, wanted a new workdir")
         command.check_folder("DST", checkpointer.directory)
@@ -57,15 +56,13 @@ def import_checkpoint(args: argparse.Namespace) -> list[str]:
             sizes=wanted.sizes,
         )
         params, ema = (jax.tree.map(jnp.asarray, tree) for tree in (made.params, made.ema))
-        checkpointer.save(0, TrainState(jnp.int32(0), params, ema, {}), data={}, meta=made.meta)
-        checkpointer.wait()
+        with owned(workdir, "DST"):
+            checkpointer.save(0, TrainState(jnp.int32(0), params, ema, {}), data={}, meta=made.meta)
+            checkpointer.wait()
         if checkpointer.latest_step() != 0:
             raise OSError(f"could not write {checkpointer.directory}: the warning above says why")
-    folder = args.dst if args.dst.name == "checkpoints" else args.dst / "checkpoints"
-    return [
-        *made.notes,
-        f"wrote {folder} (step 0): python -m smdlm.main --config=FILE --workdir={folder.parent} --mode=sample",
-    ]
+    then = f"python -m smdlm.main --config=FILE --workdir={workdir} --mode=sample"
+    return [*made.notes, f"wrote {workdir / 'checkpoints'} (step 0): {then}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +110,7 @@ def export_checkpoint(args: argparse.Namespace) -> list[str]:
         raise files.FileError(f"{args.dst}: got a directory for an ar model, wanted .ckpt or .safetensors")
     command.check_folder("DST", args.dst.parent)
     weights = args.weights or "raw"
-    with contextlib.closing(checkpoints(args.src)) as checkpointer:
+    with contextlib.closing(checkpointer_of(workdir_of(args.src))) as checkpointer:
         trees = {which: checkpointer.restore_params(None, which) for which in ("params", "ema")}
     (raw, meta), (ema, _) = trees["params"], trees["ema"]
     raw, ema = (
@@ -147,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
+    command.plain_output()
     jax.config.update("jax_platforms", "cpu")
     try:
         for name, what in (("src", "SRC"), ("dst", "DST"), ("ema", "--ema"), ("config", "--config")):

@@ -226,7 +226,8 @@ class _Unpickler(pickle._Unpickler):
         self._fill(self.stack[-1], items)
 
     def load_dict(self) -> None:
-        self.append(self._fill({}, self.pop_mark()))
+        items = self.pop_mark()  # before self.append is looked up: it is another one then
+        self.append(self._fill({}, items))
 
     def load_additems(self) -> None:
         items = self.pop_mark()
