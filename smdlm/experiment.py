@@ -22,7 +22,7 @@ from smdlm.data.kept import save_tokenizer
 from smdlm.evaluate.base import Subject, Value, weights
 from smdlm.files import local_path
 from smdlm.identity import diverged
-from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
@@ -42,10 +42,6 @@ class Sampled:
     texts: list[str]
     ids: np.ndarray
     forwards: int
-
-
-def checkpointer_of(workdir: Path, keep: int = 1) -> Checkpointer:
-    return Checkpointer(workdir / "checkpoints", keep=keep)
 
 
 # ---------------------------------------------------------------------------------------------- evaluating, sampling

@@ -1,12 +1,6 @@
-"""Checkpoints in and out: bijective tables, bit-for-bit round trips, every kind of bad input, hostile pickles."""
+"""Checkpoints in and out: bijective tables, bit-for-bit round trips."""
 
-import dataclasses
-import io
 import json
-import os
-import pickle
-import struct
-import zipfile
 
 import flax.linen as nn
 import jax
@@ -14,55 +8,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import traverse_util
+from convert_inputs import CAUSAL, CONFIG, bits, lightning, make_shadow, make_tensors, run, write_checkpoint
 
-from smdlm.convert import __main__ as convert
 from smdlm.convert import files, mdlm, torchfile
-from smdlm.convert.unpickle import Opaque, TorchFileError
 from smdlm.denoiser import Denoiser
 from smdlm.full_softmask import FullSoftMask
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.models.dit import DiT
+from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
-
-CONFIG = DiT(vocab_size=19, width=16, depth=3, heads=2, cond=8, vocab_multiple=8)
-CAUSAL = dataclasses.replace(CONFIG, causal=True, cond=128)
-
-
-def make_tensors(config=CONFIG, *, head=True, rotary=True, seed=0):
-    """A state_dict of the reference with random values."""
-    rng = np.random.default_rng(seed)
-    tensors = {leaf.source: rng.normal(size=leaf.shape).astype(np.float32) for leaf in mdlm.table(config)}
-    if rotary:
-        tensors[mdlm.ROTARY] = mdlm.rotary_frequencies(config.width // config.heads)
-    if head and not config.causal:
-        tensors |= {name: np.array(rng.normal(), np.float32) for name in mdlm.OMEGA}
-    return tensors
-
-
-def make_shadow(config=CONFIG):
-    return [make_tensors(config, seed=1)[leaf.source] for leaf in mdlm.table(config)]
-
-
-def lightning(tensors, shadow=None):
-    progress = {"epoch": 2, "global_step": 7, "loops": {"fit_loop": {"epoch_progress": {"current": {"completed": 2}}}}}
-    ema = {"decay": 0.999, "num_updates": 7}
-    return files.Source("x", tensors, shadow, ema if shadow else {}, progress)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A complete MDLM checkpoint with EMA and soft-mask head."""
-    files.save(tmp_path / "mdlm.ckpt", lightning(make_tensors(), make_shadow()))
-    return tmp_path / "mdlm.ckpt"
-
-
-def run(*argv):
-    return convert.main([str(a) for a in argv])
-
-
-def bits(tensors):
-    return {name: (value.dtype, value.shape, value.tobytes()) for name, value in tensors.items()}
+    return write_checkpoint(tmp_path / "mdlm.ckpt")
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -160,7 +119,7 @@ def test_a_model_restores_the_import(tmp_path, capsys, checkpoint, softmask, hea
     flags = [f"--softmask={name}", "--vocab_multiple=8"]
     assert run("import", "mdlm", tmp_path / "in.ckpt", tmp_path / "run", *flags) == 0
     said = capsys.readouterr().out
-    denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, softmask)
+    denoiser = Denoiser(CONFIG, CONFIG.vocab_size, CONFIG.vocab_size - 1, softmask)
     abstract = nn.meta.unbox(jax.eval_shape(denoiser.init, jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     params, meta = checkpointer.restore_params(abstract, "params")
@@ -215,10 +174,10 @@ def test_ema_in_a_second_file(tmp_path):
 
 def test_export_after_training(tmp_path):
     """A checkpoint of a run, without an import's meta: the vocabulary without padding is all that must be told."""
-    denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, SoftMask())
+    denoiser = Denoiser(CONFIG, CONFIG.vocab_size, CONFIG.vocab_size - 1, SoftMask())
     params = nn.meta.unbox(jax.jit(denoiser.init)(jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
-    checkpointer.save(5, convert.TrainState(jnp.int32(5), params, params, {}), data={}, meta={})
+    checkpointer.save(5, TrainState(jnp.int32(5), params, params, {}), data={}, meta={})
     checkpointer.close()
     assert run("export", "mdlm", tmp_path / "run", tmp_path / "out.ckpt") == 2
     assert run("export", "mdlm", tmp_path / "run", tmp_path / "out.ckpt", "--vocab_size=19") == 0
@@ -236,337 +195,3 @@ def make_order():
             yield mdlm.ROTARY
         yield leaf.source
     yield from mdlm.OMEGA
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
-def refused(capsys, target, *argv):
-    """The message of a command that must fail in one line (with its list), write nothing and show no traceback."""
-    before = sorted(target.parent.rglob("*"))
-    assert run(*argv) == 2
-    assert sorted(target.parent.rglob("*")) == before
-    message = capsys.readouterr().err
-    first, *rest = message.strip().split("\n")
-    assert first.startswith("error: ") and "got" in first and "wanted" in first, message
-    assert all(line.startswith("  ") for line in rest), message
-    return message
-
-
-FILES = {
-    "text": (b"wget: 404 not found\n", "text file"),
-    "html": (b"<!DOCTYPE html>\n<html>", "text file"),
-    "empty": (b"", "empty file"),
-    "old": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),
-    "binary": (bytes(range(200)), "starts with"),
-    "zip": (b"PK\x05\x06" + bytes(18), "0 NAME/data.pkl"),
-}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_not_a_checkpoint(tmp_path, capsys, case):
-    data, wanted = FILES[case]
-    (tmp_path / "x.ckpt").write_bytes(data)
-    assert wanted in refused(capsys, tmp_path / "run", "import", "mdlm", tmp_path / "x.ckpt", tmp_path / "run")
-    (tmp_path / "x.safetensors").write_bytes(data)
-    assert "damaged" in refused(
-        capsys, tmp_path / "run", "import", "mdlm", tmp_path / "x.safetensors", tmp_path / "run"
-    )
-
-
-def test_truncated_and_damaged(tmp_path, capsys, checkpoint):
-    data = checkpoint.read_bytes()
-    bad = tmp_path / "bad.ckpt"
-    for size in (3, 30, 1000, len(data) // 2, len(data) - 40, len(data) - 1):
-        bad.write_bytes(data[:size])
-        assert "truncated" in refused(capsys, tmp_path / "run", "import", "mdlm", bad, tmp_path / "run")
-    middle = len(data) // 2
-    bad.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
-    assert "damaged" in refused(capsys, tmp_path / "run", "import", "mdlm", bad, tmp_path / "run")
-    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    assert "compressed" in refused(capsys, tmp_path / "run", "import", "mdlm", bad, tmp_path / "run")
-    files.save(tmp_path / "x.safetensors", files.Source("x", make_tensors()))
-    data = (tmp_path / "x.safetensors").read_bytes()
-    for size in (4, 100, len(data) - 1):
-        (tmp_path / "x.safetensors").write_bytes(data[:size])
-        assert "truncated" in refused(
-            capsys, tmp_path / "run", "import", "mdlm", tmp_path / "x.safetensors", tmp_path / "run"
-        )
-
-
-def test_every_problem_is_listed(tmp_path, capsys):
-    tensors = make_tensors()
-    del tensors["backbone.blocks.1.norm2.weight"], tensors["tran_head.raw_steep"]
-    tensors["backbone.blocks.2.mlp.0.weight"] = np.zeros((3, 5), np.float32)
-    tensors["backbone.blocks.0.norm1.weight"] = np.zeros(16, np.int64)
-    tensors["backbone.output_layer.linear.weight"] = np.zeros((20, 16), np.float32)  # another vocabulary
-    tensors["backbone.extra"] = np.zeros(2, np.float32)
-    tensors["tran_head.raw_scale"] = np.zeros(1, np.float32)
-    tensors[mdlm.ROTARY] = tensors[mdlm.ROTARY] * 0.5
-    shadow = make_shadow()
-    shadow[3] = np.zeros(5, np.float32)
-    files.save(tmp_path / "x.ckpt", lightning(tensors, shadow))
-    flags = ["--vocab_size=21"]
-    message = refused(capsys, tmp_path / "run", "import", "mdlm", tmp_path / "x.ckpt", tmp_path / "run", *flags)
-    for line in (
-        "backbone.blocks.1.norm2.weight: got nothing, wanted float32[16]",
-        "backbone.blocks.2.mlp.0.weight: got float32[3, 5], wanted float32[64, 16]",
-        "backbone.blocks.0.norm1.weight: got int64[16], wanted float32[16]",
-        "backbone.output_layer.linear.weight: got float32[20, 16], wanted float32[19, 16]",
-        "backbone.extra: got float32[2], wanted nothing",
-        "tran_head.raw_steep: got nothing, wanted float32[]",
-        "tran_head.raw_scale: got float32[1], wanted float32[]",
-        f"{mdlm.ROTARY}: got",
-        "ema: backbone.sigma_map.mlp.2.weight: got float32[5], wanted float32[8, 8]",
-        "vocab_size: got 19, wanted 21",
-    ):
-        assert f"  {line}" in message
-    assert len(message.strip().split("\n")) == 11 and "10 differences" in message
-
-
-def test_wrong_kind_and_sizes(tmp_path, capsys, checkpoint):
-    files.save(tmp_path / "ar.ckpt", files.Source("x", make_tensors(CAUSAL)))
-    files.save(tmp_path / "no_rotary.ckpt", files.Source("x", make_tensors(rotary=False)))
-    torchfile.write(tmp_path / "list.ckpt", {"ema": {"shadow_params": make_shadow()}})
-    torchfile.write(tmp_path / "other.ckpt", {"layer.weight": np.zeros((2, 2), np.float32)})
-    files.save(tmp_path / "short.ckpt", lightning(make_tensors(), make_shadow()[:-1]))
-    (tmp_path / "model.h5").write_bytes(b"x")
-    cases = {
-        ("ar", checkpoint): "sigma_map",
-        ("mdlm", tmp_path / "ar.ckpt"): "is KIND right?",
-        ("mdlm", tmp_path / "no_rotary.ckpt"): "--heads=N",
-        ("mdlm", tmp_path / "list.ckpt"): "--ema=FILE",
-        ("mdlm", tmp_path / "other.ckpt"): "layer.weight",
-        ("mdlm", tmp_path / "short.ckpt"): "shadow_params",
-        ("mdlm", tmp_path / "model.h5"): "suffix",
-        ("mdlm", tmp_path / "absent.ckpt"): "no file",
-        ("mdlm", checkpoint, "--heads=4"): "heads: got 2, wanted 4",
-        ("mdlm", tmp_path / "ar.ckpt", "--weights=ema"): "is KIND right?",
-        ("ar", tmp_path / "ar.ckpt", "--weights=ema"): "--weights=ema",
-    }
-    for (kind, path, *flags), wanted in cases.items():
-        assert wanted in refused(capsys, tmp_path / "run", "import", kind, path, tmp_path / "run", *flags)
-    assert run("import", "mdlm", tmp_path / "no_rotary.ckpt", tmp_path / "run", "--heads=2") == 0
-    capsys.readouterr()
-    assert "holds a checkpoint" in refused(capsys, tmp_path / "run", "import", "mdlm", checkpoint, tmp_path / "run")
-
-
-def test_config_decides(tmp_path, capsys):
-    """--config: sizes, vocabulary, padding and operator of a run."""
-    config = dataclasses.replace(CONFIG, vocab_size=258, vocab_multiple=1)  # 256 bytes, EOS, mask
-    files.save(tmp_path / "x.ckpt", lightning(make_tensors(config)))
-    text = """
-import ml_collections
-def get_config():
-    c = ml_collections.ConfigDict()
-    c.model = dict(width={width}, depth=3, heads=2, cond=8, vocab_multiple={multiple})
-    c.data = dict(source="stdlib:docstrings", tokenizer="bytes", seq_len=8, batch_size=2)
-    c.softmask = dict(p_sm={p_sm}, k=3, variant="full")
-    c.train = dict(steps=1)
-    return c
-"""
-    command = ("import", "mdlm", tmp_path / "x.ckpt", tmp_path / "run", f"--config={tmp_path / 'c.py'}")
-    (tmp_path / "c.py").write_text(text.format(width=32, multiple=1, p_sm=0.5))
-    assert "width: got 16, wanted 32" in refused(capsys, tmp_path / "run", *command)
-    (tmp_path / "c.py").write_text(text.format(width=16, multiple=4, p_sm=0.5))
-    assert run(*command) == 0
-    params, meta = Checkpointer(tmp_path / "run" / "checkpoints").restore_params(None)
-    assert "raw_temperature" in params["softmask"] and params["backbone"]["embed"].shape == (260, 16)
-    files.save(tmp_path / "y.ckpt", lightning(make_tensors()))
-    command = ("import", "mdlm", tmp_path / "y.ckpt", tmp_path / "run2", f"--config={tmp_path / 'c.py'}")
-    assert "vocab_size: got 19, wanted 258" in refused(capsys, tmp_path / "run2", *command)
-
-
-# ------------------------------------------------------------------------------------------------------------- pickles
-
-
-def string(text):
-    return b"X" + struct.pack("<I", len(text)) + text.encode()
-
-
-def crafted(path, extra, arrays=None):
-    """A torch file {'state_dict': good tensors, **extra}; extra: name -> the opcodes of its value."""
-    arrays = [] if arrays is None else arrays
-    program = string("state_dict") + torchfile._pickled(make_tensors(), arrays)
-    program = b"\x80\x02}(" + program + b"".join(string(name) + code for name, code in extra.items()) + b"u."
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", program)
-        for i, array in enumerate(arrays):
-            archive.writestr(f"a/data/{i}", array.tobytes())
-    return path
-
-
-def opcodes(value, protocol=2):
-    """What Python's pickler writes for a value, without header and STOP (and without frames: they cover the whole)."""
-    data = io.BytesIO()
-    pickle._Pickler(data, protocol).dump(value)
-    body = data.getvalue()[2:-1]
-    return body[9:] if protocol >= 4 else body
-
-
-class Hostile:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-class Options(dict):
-    """Like a config object in hyper_parameters: items, attributes, slots and a __setstate__ that must never run."""
-
-    def __reduce__(self):
-        return Options, (), {"flags": 1}, None, iter({"lr": 0.1}.items())
-
-    def __setstate__(self, state):
-        raise AssertionError("executed")
-
-
-class Slots:
-    __slots__ = ("tokens",)
-
-    def __init__(self):
-        self.tokens = [1]
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_lightning_files_load(tmp_path, protocol):
-    """Objects of unknown classes in parts that no conversion needs stay inert; the weights arrive."""
-    objects = {"config": Options(), "slots": Slots(), "list": [Options()] * 2, "type": Options, "set": {1, 2}}
-    extra = {name: opcodes(objects, protocol) for name in ("hyper_parameters", "callbacks", "anything")}
-    path = crafted(tmp_path / "x.ckpt", extra)
-    assert bits(files.load(path).tensors) == bits(make_tensors())
-    tree = torchfile.read(path)["anything"]
-    assert isinstance(tree["config"], Opaque) and isinstance(tree["slots"], Opaque)
-    assert run("import", "mdlm", path, tmp_path / "run") == 0
-
-
-def test_hostile_pickles_are_refused(tmp_path, capsys):
-    canary = tmp_path / "executed"
-    command = f"touch {canary}"
-    ways = {
-        "reduce": opcodes(Hostile(os.system, command)),
-        "protocol 4": opcodes(Hostile(os.system, command), 4),
-        "eval": opcodes(Hostile(eval, f"open({str(canary)!r}, 'w')")),
-        "inst": b"(" + string(command) + b"iposix\nsystem\n",
-        "obj": b"(cposix\nsystem\n" + string(command) + b"o",
-        "newobj": b"cposix\nsystem\n" + string(command) + b"\x85\x81",
-        "only named": b"cos\nsystem\n",
-        "import": b"cbuiltins\n__import__\n" + string("os") + b"\x85R",
-        "stack global": string("subprocess") + string("call") + b"\x93" + string(command) + b"\x85R",
-    }
-    for name, code in ways.items():
-        for where in ("hyper_parameters", "state_dict"):
-            path = crafted(tmp_path / "x.ckpt", {where: code})
-            message = refused(capsys, tmp_path / "run", "import", "mdlm", path, tmp_path / "run")
-            assert "refused, nothing was executed" in message, (name, message)
-    assert not canary.exists()
-
-
-def test_objects_among_the_weights_are_refused(tmp_path, capsys):
-    unknown = b"cevil.module\nTensor\n)R"
-    table = {
-        "state_dict": (unknown, "state_dict: evil.module.Tensor"),
-        "ema": (b"}(" + string("shadow_params") + b"]" + unknown + b"au", "ema.shadow_params[0]: evil.module.Tensor"),
-    }
-    for name, (code, wanted) in table.items():
-        path = crafted(tmp_path / "x.ckpt", {name: code})
-        assert wanted in refused(capsys, tmp_path / "run", "import", "mdlm", path, tmp_path / "run")
-    # BUILD on a rebuild function or on OrderedDict must not change what they do next.
-    state = b"}" + string("__code__") + b"K\x01s"
-    code = b"ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b0ccollections\nOrderedDict\n" + state + b"b"
-    path = crafted(tmp_path / "x.ckpt", {"hyper_parameters": code})
-    assert bits(files.load(path).tensors) == bits(make_tensors())
-
-
-def tensor(key="0", elements=361, offset=0, shape=(19, 19), strides=(19, 1), kind="FloatStorage"):
-    """Opcodes of a tensor over storage `key`."""
-    numbers = lambda values: b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"  # noqa: E731
-    storage = b"(" + string("storage") + f"ctorch\n{kind}\n".encode() + string(key) + string("cpu")
-    storage += b"J" + struct.pack("<i", elements) + b"tQ"
-    body = storage + b"J" + struct.pack("<i", offset) + numbers(shape) + numbers(strides) + b"\x89}"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + body + b"tR"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"shape": (19, 20), "strides": (20, 1)},
-        {"offset": 1},
-        {"offset": -1},
-        {"strides": (19, -1)},
-        {"strides": (1000, 1)},
-        {"shape": (2**30, 2**30), "strides": (0, 0)},
-        {"shape": (19,)},
-        {"elements": 360, "shape": (18, 20), "strides": (20, 1)},
-        {"key": "99"},
-        {"key": "../data.pkl"},
-        {"kind": "QUInt8Storage"},
-        {"kind": "DoubleStorage"},
-    ],
-)
-def test_tensors_stay_inside_their_storage(tmp_path, fields):
-    arrays = [np.arange(361, dtype=np.float32)]
-    good = torchfile.read(crafted(tmp_path / "x.ckpt", {"t": tensor()}, list(arrays)))["t"]
-    assert np.array_equal(good, arrays[0].reshape(19, 19))
-    view = tensor(offset=1, shape=(3, 2), strides=(1, 19))
-    view = torchfile.read(crafted(tmp_path / "x.ckpt", {"t": view}, list(arrays)))["t"]
-    assert np.array_equal(view, arrays[0].reshape(19, 19)[:2, 1:4].T)
-    with pytest.raises(TorchFileError, match="got"):
-        torchfile.read(crafted(tmp_path / "x.ckpt", {"t": tensor(**fields)}, list(arrays)))
-
-
-def test_malformed_programs(tmp_path):
-    bomb = b"(" + b"K\x01" + b"2\x86" * 60 + b"l"  # (x, x) of (x, x) of ...: small in the file, 2^60 when walked
-    loop = b"]q\x00h\x00a"
-    for code in (
-        b"h\xff",
-        b"0" * 9,
-        b"R",
-        b"(K\x01u",
-        b"]]s",
-        b"\x95",
-        b"\x82\x01",
-        b"K\x01)R",
-        b"K\x01Q",
-        loop,
-        b"c\xff\n\n",
-    ):
-        with pytest.raises(TorchFileError, match="got"):
-            torchfile.read(crafted(tmp_path / "x.ckpt", {"t": code}))
-    torchfile.read(crafted(tmp_path / "x.ckpt", {"t": bomb}))
-    files.load(crafted(tmp_path / "x.ckpt", {"loops": bomb}))
-    rng = np.random.default_rng(0)
-    path = crafted(tmp_path / "x.ckpt", {"hyper_parameters": opcodes(Options())})
-    with zipfile.ZipFile(path) as archive:
-        program = archive.read("a/data.pkl")
-    for _ in range(300):  # random damage: an error of ours or a dict, never anything else
-        data = bytearray(program)
-        for at in rng.integers(0, len(data), 3):
-            data[at] = rng.integers(256)
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a/data.pkl", bytes(data))
-        try:
-            files.load(path)
-        except (TorchFileError, files.FileError) as error:
-            assert "\n" not in str(error)
-
-
-def test_written_values_come_back(tmp_path):
-    tree = {
-        "numbers": [0, -1, 2**31, -(2**31), 2**70, -(2**70), 1.5, float("inf"), True, False, None],
-        "text": ["", "ü\n'", "x" * 300],
-        "nested": {"a": (1, [2, {}], ())},
-        "arrays": {str(d): np.ones((2, 0, 3), d) for d in torchfile.STORAGES},
-        "scalar": np.array(2.5, np.float32),
-    }
-    torchfile.write(tmp_path / "x.pt", tree)
-    back = torchfile.read(tmp_path / "x.pt")
-    assert {k: back[k] for k in ("numbers", "text", "nested")} == {k: tree[k] for k in ("numbers", "text", "nested")}
-    flat = traverse_util.flatten_dict(tree["arrays"])
-    assert bits(traverse_util.flatten_dict(back["arrays"])) == bits(flat)
-    assert back["scalar"].shape == () and back["scalar"] == 2.5
-    with pytest.raises(TypeError, match="wanted arrays and plain values"):
-        torchfile.write(tmp_path / "y.pt", {"x": object()})

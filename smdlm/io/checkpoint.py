@@ -305,6 +305,11 @@ class Checkpointer:
         logging.warning("checkpoint at step %s failed: %s; %s", step, one_line(error), last)
 
 
+def checkpointer_of(workdir: Path, keep: int = 1) -> Checkpointer:
+    """The checkpoints of a run, WORKDIR/checkpoints."""
+    return Checkpointer(workdir / "checkpoints", keep=keep)
+
+
 def _items(state: PyTree) -> dict[str, PyTree]:
     """The three trees of a train state (concrete or abstract)."""
     return {"params": state.params, "ema": state.ema, "opt": {"step": state.step, "state": state.opt_state}}
