@@ -10,7 +10,7 @@ p_sm .8, k 3, bf16 compute with f32 parameters, 1M updates. Not run here at full
 updates, MAUVE .602 and 23.53 generative perplexity for 5000 samples of 1024 steps with top-p .9.
 
 Loss, clipping, schedule (the first update has rate 0), AdamW and EMA follow the reference step by step
-(tests/golden_test.py). What differs, and how to ask for the reference's way:
+(tests/golden). What differs, and how to ask for the reference's way:
 
 times of a batch: the same range and variance, but spread over every device and micro-batch, where the reference's
     strata give each a narrow slice of t and so an uneven load:               --config.times.kind=stratified

@@ -81,7 +81,10 @@ class TimeSampler:
 
 def uniforms_by_number(key: jax.Array, numbers: jax.Array, length: int) -> jax.Array:
     """Uniforms [B, L] in [0, 1) of examples with these numbers [B]; each row depends on (key, number) alone."""
-    draw = lambda number: jax.random.uniform(jax.random.fold_in(key, number), (length,))
+
+    def draw(number: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, number), (length,))
+
     return jax.vmap(draw)(numbers)
 
 

@@ -150,7 +150,10 @@ def continue_from(experiment: Experiment, source: Checkpointer) -> tuple[TrainSt
     keep = bool(abstract["softmask"]) and any(f"softmask/{name}" not in made_up for name in omega)
     if not keep:
         everywhere = replicated(experiment.mesh)
-        whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+        def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
         abstract = {**abstract, "softmask": jax.tree.map(whole, omega)}
     params, _ = source.restore_params(abstract, "params", meta["step"])
     check_vocabulary(experiment, meta)
@@ -178,7 +181,9 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         (workdir / "summary.json").unlink(missing_ok=True)
         save_tokenizer(experiment.vocabulary, workdir / "tokenizer")  # sampling needs no corpus
     writer = Writer(workdir, total_steps=config.updates, enabled=chief, start_step=data["next_index"])
-    seconds = lambda: before + time.time() - begin
+
+    def seconds() -> float:
+        return before + time.time() - begin
 
     def evaluate_state(state: TrainState) -> dict[str, Value]:
         return evaluate(experiment, weights(state.ema, state.params, config.eval.omega))

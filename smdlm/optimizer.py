@@ -142,7 +142,10 @@ def make_optimizer(
         ),
         optax.scale_by_learning_rate(config.rate(config.lr_softmask, steps)),
     )
-    labels = lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
+    def labels(params: Any) -> Any:
+        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
     whole = optax.chain(
         _clip(config.clip),
         optax.partition({"backbone": backbone, "softmask": softmask}, labels),

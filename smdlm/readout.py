@@ -243,7 +243,9 @@ def _head_over_shards(axes: Axes, d_matrix: jax.Array, d_bias: jax.Array) -> Hea
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(readout: Readout, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
-    specs = lambda axes: (PartitionSpec(), PartitionSpec(axes))
+    def specs(axes: Axes) -> Any:
+        return (PartitionSpec(), PartitionSpec(axes))
+
     return _per_shard(readout._nll, head, hidden, targets, weights, out_specs=specs)
 
 

@@ -43,7 +43,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """Makes this process one of a group (jax.distributed); must come before anything that touches a device.
 
     None: the cluster tells (TPU pods, Slurm, Kubernetes, Open MPI). On CPUs collectives go through gloo, jax's default.
-    From here on SIGTERM only sets a notice, see `train.StopSignal`.
+    From here on SIGTERM only sets a notice, see `stop.StopSignal`.
     """
     host, _, port = (coordinator or "").rpartition(":")
     if coordinator and not (host and port.isdigit()):

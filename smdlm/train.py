@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smdlm.evaluate.base import Value
@@ -26,6 +21,7 @@ from smdlm.io.writer import Writer
 from smdlm.mesh.rules import batch_sharding, replicated
 from smdlm.objective import Objective
 from smdlm.optimizer import TrainState, update_ema
+from smdlm.stop import StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +112,8 @@ def make_train_step(
         else:
             # Micro-batch a takes the rows a, a + A, ...: a part of every device's rows. Weights are already divided by
             # the tokens of the whole batch, so the sums below are the gradients of the undivided batch.
-            fold = lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+            def fold(x: jax.Array) -> jax.Array:
+                return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
             def body(total: Any, xs: Any) -> tuple[Any, None]:
                 part, index = xs
@@ -240,7 +237,9 @@ def non_finite(state: TrainState) -> str:
 
 @jax.jit
 def _finite(parts: dict[str, Any]) -> dict[str, jax.Array]:
-    every = lambda tree: jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    def every(tree: Any) -> jax.Array:
+        return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
     return {name: every(tree) for name, tree in parts.items()}
 
 
@@ -285,42 +284,3 @@ class _Clock:
     def tokens_per_s(self) -> float:
         """Over all steps; 0 if only one was run."""
         return self._tokens_per_step * self._all_steps / self._seconds if self._all_steps else 0.0
-
-
-class StopSignal:
-    """Notices SIGTERM (preemption on pods and clusters) and the first Ctrl-C, inside a `with`.
-
-    One process: a handler of its own, and whatever happens the ones before are put back. Several: jax's, which hands
-    the notice to all processes and lets them agree on the step at which they stop. A second Ctrl-C ends at once.
-    """
-
-    def __init__(self):
-        self._requested = self._interrupted = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        # Only the main thread may have handlers: in another one (a notebook, a test) nothing is noticed.
-        if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-            if not jax.distributed.is_initialized():
-                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, *_: Any) -> None:
-        self._requested = True
-
-    def _interrupt(self, *_: Any) -> None:
-        if self._interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        self._interrupted = True
-        print("stopping after this update; Ctrl-C again ends at once, without a checkpoint", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked at every step, by every process."""
-        return self._requested or multihost_utils.reached_preemption_sync_point(step)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 # Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
@@ -37,34 +38,53 @@ V, MASK, B, L = 24, 23, 4, 8
 ROOT = Path(__file__).parents[1]
 
 
-_children = {}  # file of tests -> (process, its stdout, its stderr)
+_children = {}  # file of tests -> what its program on eight devices did
 
 
-def pytest_collection_finish(session):
-    """Files whose tests look at what a child process on eight devices found start it now, beside the other tests."""
-    for item in session.items if not session.config.option.collectonly else ():
-        if "eight_devices" in item.fixturenames and item.path not in _children:
-            files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-            command = [sys.executable, str(item.path)]
-            process = subprocess.Popen(command, env=environment(8), stdout=files[0], stderr=files[1])
-            _children[item.path] = process, *files
+class Child:
+    """A file of tests run as a program on eight devices: its status and what it wrote, once `done` is set."""
+
+    def __init__(self, path):
+        self.path, self.done, self.process, self.status = path, threading.Event(), None, None
+        self.files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+
+    def run(self):
+        command, (stdout, stderr) = [sys.executable, str(self.path)], self.files
+        self.process = subprocess.Popen(command, env=environment(8), stdout=stdout, stderr=stderr)
+        self.status = self.process.wait()
+        self.done.set()
+
+
+def pytest_runtestloop(session):
+    """Such programs run one after another beside the other tests, from the moment at which those begin."""
+    if session.config.option.collectonly:
+        return
+    paths = dict.fromkeys(item.path for item in session.items if "eight_devices" in item.fixturenames)
+    _children.update((path, Child(path)) for path in paths)
+    threading.Thread(target=lambda: [child.run() for child in _children.values()], daemon=True).start()
 
 
 @pytest.fixture(scope="module")
 def eight_devices(request):
     """(the last line that this file as a program wrote, parsed as JSON; its stderr)."""
-    process, *files = _children[request.path]
-    process.wait(timeout=600)
-    for file in files:
+    child = _children[request.path]
+    assert child.done.wait(timeout=900), "the program on eight devices has not ended in fifteen minutes"
+    for file in child.files:
         file.seek(0)
-    stdout, stderr = (file.read() for file in files)
-    assert process.returncode == 0, stderr[-3000:]
+    stdout, stderr = (file.read() for file in child.files)
+    assert child.status == 0, stderr[-3000:]
     return json.loads(stdout.splitlines()[-1]), stderr
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that wait for a program on eight devices come last."""
+    items.sort(key=lambda item: "eight_devices" in item.fixturenames)
+
+
 def pytest_unconfigure():
-    for process, *_ in _children.values():
-        process.kill()  # of an interrupted session; nothing if it has ended
+    for child in _children.values():
+        if child.process:
+            child.process.kill()  # of an interrupted session; nothing if it has ended
     if os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("_smdlm"):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 

@@ -13,7 +13,8 @@ from smdlm import experiment, identity
 from smdlm.build import build
 from smdlm.config import read
 from smdlm.io.checkpoint import Checkpointer
-from smdlm.train import NonFinite, NotSaved, StopSignal, non_finite
+from smdlm.stop import StopSignal
+from smdlm.train import NonFinite, NotSaved, non_finite
 
 SETTINGS = {
     "model": {"width": 16, "depth": 1, "heads": 2, "cond": 8, "dropout": 0.0, "vocab_multiple": 1},

@@ -104,7 +104,10 @@ class Likelihood:
                 sums[name].append(np.mean(draws, axis=0)[real])
         if not sizes:
             raise ValueError("evaluation: got no validation block, wanted at least one")
-        join = lambda parts: np.concatenate(parts).astype(np.float64)
+
+        def join(parts: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(parts).astype(np.float64)
+
         return {name: join(parts) for name, parts in sums.items()}, join(sizes), join(lengths)
 
 

@@ -138,9 +138,12 @@ class Sampler:
         if self.refresh == "always":
             hidden, forwards = self.denoiser(params, canvas, carry.feedback), carry.forwards + 1
         else:
-            fresh = lambda: jnp.where(
-                carry.changed[:, None, None], self.denoiser(params, canvas, carry.feedback), carry.hidden
-            )
+
+            def fresh() -> jax.Array:
+                return jnp.where(
+                    carry.changed[:, None, None], self.denoiser(params, canvas, carry.feedback), carry.hidden
+                )
+
             hidden = jax.lax.cond(carry.changed.any(), fresh, lambda: carry.hidden)
             forwards = carry.forwards + carry.changed.any()
         # 2. Draw a candidate for every masked position; 'raw' feedback also needs statistics where nothing is drawn.

@@ -184,7 +184,10 @@ class Loop:
             return jnp.where(times.t > _below(self.t_on), early, late)
 
         middle = (times.t <= _below(self.t_on)) & (times.t > _below(self.t_off))
-        visible = lambda t: jnp.where(middle, self.alpha_on, 1 - hidden_share(t))
+
+        def visible(t: jax.Array) -> jax.Array:
+            return jnp.where(middle, self.alpha_on, 1 - hidden_share(t))
+
         sigma = jnp.where(middle, self.eta, 0.0)
         return _move(u, visible(times.t), visible(times.s), sigma, masked) + (carry,)
 

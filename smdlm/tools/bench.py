@@ -91,15 +91,18 @@ def training(size: Size, mesh: Mesh) -> tuple[Callable[[float], Any], Any, dict[
         return state
 
     shardings = state_shardings(mesh, jax.eval_shape(init, jax.random.key(0)), param_shardings(mesh, boxed))
-    make = lambda p_sm: make_train_step(
-        SoftMaskedDiffusion(denoiser, readout, p_sm),
-        optimizer,
-        ema_decay=0.9999,
-        accumulate=1,
-        seed=0,
-        mesh=mesh,
-        shardings=shardings,
-    )
+
+    def make(p_sm: float) -> Any:
+        return make_train_step(
+            SoftMaskedDiffusion(denoiser, readout, p_sm),
+            optimizer,
+            ema_decay=0.9999,
+            accumulate=1,
+            seed=0,
+            mesh=mesh,
+            shardings=shardings,
+        )
+
     shape = (size.batch, size.length)
     batch = {
         "tokens": jax.random.randint(jax.random.key(1), shape, 0, size.vocab - 1),

@@ -134,7 +134,10 @@ def render(rows: dict[str, Any]) -> str:
         (*m["mesh"], f"{np.max(np.abs(np.array(m['losses']) / one - 1)):.1e}", f"{m['first_step_s']:.1f}")
         for m in meshes
     ]
-    number = lambda value, form: "-" if value is None else format(value, form)
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     program_rows = [
         (
             *(config, what, row["program"], topology, f"{row['batch_per_chip']:g}"),
