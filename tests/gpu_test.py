@@ -116,9 +116,8 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_the_platform():
 
 def test_memory_of_a_step_is_what_the_compiler_said():
     """169M parameters at 32 x 1024 in bf16: the peak of three steps, within a tenth of arguments and temporaries."""
-    from smdlm.tools.bench import SIZES, training
-
     from smdlm.mesh.rules import MeshConfig
+    from smdlm.tools.bench import SIZES, training
 
     size = dataclasses.replace(SIZES["169m"], batch=32, dtype="bfloat16")
     make, state, batch = training(size, MeshConfig().make(gpus()[:1]))

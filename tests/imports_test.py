@@ -1,9 +1,11 @@
 """Who may import whom, as the layers of the package are drawn: read from the import statements, nothing is run."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smdlm"
@@ -22,12 +24,13 @@ FLOORS = [
     ["smdlm.denoiser"],
     ["smdlm.objective", "smdlm.sampling"],
     ["smdlm.evaluate"],
-    ["smdlm.io"],
+    ["smdlm.io", "smdlm.stop"],
     ["smdlm.train"],
     ["smdlm.config"],
-    ["smdlm.convert"],
+    ["smdlm.convert", "smdlm.identity"],
     ["smdlm.build"],
     ["smdlm.experiment"],
+    ["smdlm.library"],
     ["smdlm"],
     ["smdlm.main", "smdlm.tools"],
 ]
@@ -157,3 +160,12 @@ def test_configs_import_ml_collections_only():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             known = ("ml_collections", "configs", "__future__")
             assert all(n.split(".")[0] in known for n in names), f"{file.name} imports {names}"
+
+
+def test_importing_everything_defines_no_flag():
+    """A notebook or another program that uses absl keeps its flags to itself."""
+    for name in MODULES:
+        if not name.endswith("__main__") and name != "smdlm.tools.performance":  # that one sets the platform
+            importlib.import_module(name)
+    ours = [flag for flag in flags.FLAGS if flags.FLAGS.find_module_defining_flag(flag).startswith("smdlm")]
+    assert not ours, ours

@@ -1,11 +1,12 @@
-"""Speed and memory: python -m smdlm.tools.bench [--size=tiny|6x192|169m|all] [--repeats=N] [--json=FILE]
+"""Speed and memory: python -m smdlm.tools.bench [--size=tiny|6x192|169m|all] [--batch=N] [--repeats=N] [--json=FILE]
 
 Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
 bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
 to none with top-p 0.9 and feedback. Variants are interleaved and medians taken: on a shared machine only the ratios
-within one run mean something. Each size runs in its own process, so that the peak memory is its own.
+within one run mean something. Each size runs in its own process, so that the peak memory is its own. A second line says
+what a soft-masked step is spent on, and on an accelerator (in bf16) which share of its peak is used.
 
-python -m smdlm.performance writes these figures, those of meshes and of accelerators to docs/performance.md.
+python -m smdlm.tools.performance writes these figures, those of meshes and of accelerators to docs/performance.md.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from smdlm.readout import Readout
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import Ancestral
 from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.tools.aot.chips import CHIPS
 from smdlm.train import make_train_step
 
 
@@ -53,6 +55,7 @@ class Size:
     vocab: int
     chunk: int
     steps: int
+    dtype: str = "float32"
 
 
 SIZES = {
@@ -71,8 +74,8 @@ def _timed(fn: Callable[[], Any]) -> float:
 def model(size: Size) -> tuple[Denoiser, Readout]:
     """A soft-masked DiT of this size, with a gate that is open from the start."""
     multiple = 1 if size.vocab < 1024 else 128
-    sizes = {"width": size.width, "depth": size.depth, "heads": size.heads, "vocab_multiple": multiple}
-    net = MODELS["dit"](vocab_size=size.vocab, **sizes)
+    sizes = {"width": size.width, "depth": size.depth, "heads": size.heads, "dtype": size.dtype}
+    net = MODELS["dit"](vocab_size=size.vocab, vocab_multiple=multiple, **sizes)
     denoiser = Denoiser(net, size.vocab, size.vocab - 1, SoftMask(gate=EntropyGate(0.5, -2.0, 2.0)))
     return denoiser, Readout(k=3, chunk=size.chunk)
 
@@ -112,9 +115,8 @@ def training(size: Size, mesh: Mesh) -> tuple[Callable[[float], Any], Any, dict[
     return make, state, jax.device_put(batch, batch_sharding(mesh))
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def measure(size: Size, repeats: int) -> dict[str, Any]:
     """One row; times in ms, memory in GiB."""
-    size = SIZES[name]
     denoiser, readout = model(size)
     make, state, batch = training(size, MeshConfig().make(jax.devices()[:1]))
     train = {"train_binary_ms": make(0.0), "train_sm_ms": make(1.0)}
@@ -129,56 +131,113 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
                 times[label].append(1e3 * (time.perf_counter() - begin))
     params = state.ema
     del state
+    parts = _parts(denoiser, readout, params, batch, max(3, repeats // 4))
     forward = jax.jit(lambda params, canvas: denoiser.head(params).logits(denoiser(params, canvas)))
     sampler = Sampler(denoiser, readout, Ancestral(), Filters(top_p=0.9), steps=size.steps)
     masks = jnp.full(batch["tokens"].shape, size.vocab - 1)
     for repeat in range(-1, max(2, repeats // 4)):
-        sampled, samples = None, None
-
-        def run() -> Any:
-            nonlocal samples
-            samples = sampler(params, jax.random.key(repeat + 1), masks)  # noqa: B023
-            return samples
-
         forwards = [_timed(lambda: forward(params, batch["tokens"])) for _ in range(5)]
-        sampled = _timed(run)
+        key, begin = jax.random.key(repeat + 1), time.perf_counter()
+        samples = jax.block_until_ready(sampler(params, key, masks))
+        sampled = 1e3 * (time.perf_counter() - begin)
         if repeat >= 0:
             times["forward_ms"] += forwards
             times["sampler_step_ms"].append(sampled / int(samples.forwards))
-    row = {"size": name, **{n: float(np.median(t)) for n, t in times.items()}}
+    row = {n: float(np.median(t)) for n, t in times.items()}
     row["sm_over_binary"] = row["train_sm_ms"] / row["train_binary_ms"]
     row["sampler_over_forward"] = row["sampler_step_ms"] / row["forward_ms"]
-    row["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row["tokens_per_s"] = 1e3 * size.batch * size.length / row["train_sm_ms"]
+    row["mfu"] = _mfu(denoiser, params, size, row["train_sm_ms"])
+    row["parts_ms"] = parts | {"optimizer, EMA and the rest": max(0.0, row["train_sm_ms"] - sum(parts.values()))}
+    row["peak_gib"] = _peak_bytes() / 2**30
     return row
 
 
+def _parts(denoiser: Denoiser, readout: Readout, params: Any, batch: Any, repeats: int) -> dict[str, float]:
+    """ms of what a soft-masked step is made of, each compiled by itself: {part: median}."""
+    objective = SoftMaskedDiffusion(denoiser, readout, 1.0)
+    example = jax.jit(objective.corrupt)(jax.random.key(0), batch)
+    masked = example.canvas == denoiser.mask_id
+    once = jax.jit(denoiser)
+    remember = jax.jit(lambda params, hidden: readout.feedback(denoiser.head(params), hidden, masked))
+    binary = jax.jit(jax.value_and_grad(dataclasses.replace(objective, p_sm=0.0), has_aux=True))
+    loss = jax.jit(jax.grad(lambda h, p: readout.nll(denoiser.head(p), h, example.targets, example.weights)[0], (0, 1)))
+    hidden = once(params, example.canvas)
+    calls = {
+        "pass one": lambda: once(params, example.canvas),
+        "feedback": lambda: remember(params, hidden),
+        "loss and its gradients": lambda: loss(hidden, params),
+        "pass two and its backward": lambda: binary(params, example, False, None),
+    }
+    found = {}
+    for name, call in calls.items():
+        _timed(call)  # compiles
+        found[name] = float(np.median([_timed(call) for _ in range(repeats)]))
+    found["pass two and its backward"] -= found["loss and its gradients"]
+    return found
+
+
+def _mfu(denoiser: Denoiser, params: Any, size: Size, step_ms: float) -> float | None:
+    """Share of the chip's peak that the products of the mathematics take in a soft-masked step; None on a CPU."""
+    chip = next((c for name, c in CHIPS.items() if name in jax.devices()[0].device_kind.lower()), None)
+    if chip is None:
+        return None
+    head = 2 * denoiser.head(params).matrix.size / 2  # half of the tokens are read out
+    flops = 4 * size.batch * size.length * (denoiser.model.flops(size.length) + head)
+    return flops / (step_ms / 1e3) / chip.flops
+
+
+def _peak_bytes() -> int:
+    """Of the accelerator, else of this process."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 COLUMNS = (
-    "train_binary_ms",
-    "train_sm_ms",
-    "sm_over_binary",
-    "forward_ms",
-    "sampler_step_ms",
-    "sampler_over_forward",
-    "peak_rss_gib",
+    *("train_binary_ms", "train_sm_ms", "sm_over_binary", "forward_ms", "sampler_step_ms", "sampler_over_forward"),
+    *("tokens_per_s", "peak_gib"),
 )
 
 
-def measured(name: str, repeats: int = 0) -> dict[str, Any]:
+def measured(name: str, repeats: int = 0, batch: int = 0) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, "-m", "smdlm.tools.bench", "--row", f"--size={name}", f"--repeats={repeats}"]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    out = subprocess.run([*command, f"--batch={batch}"], stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
+
+
+def _row(name: str, repeats: int, batch: int) -> dict[str, Any]:
+    """The row of a size on this process's device: in half precision on an accelerator."""
+    size = SIZES[name]
+    if jax.default_backend() != "cpu":
+        size = dataclasses.replace(size, dtype="bfloat16")
+    if batch:
+        size = dataclasses.replace(size, batch=batch)
+    measured = measure(size, repeats or (4 if name == "169m" else 20))
+    return {"size": name, "batch": size.batch, "device": jax.devices()[0].device_kind, **measured}
+
+
+def _share_line(row: dict[str, Any]) -> str:
+    """What a soft-masked step is spent on, and how well the chip is used."""
+    whole = sum(row["parts_ms"].values())
+    shares = ", ".join(f"{name} {time / whole:.0%}" for name, time in row["parts_ms"].items())
+    used = "" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"
+    return f"  {row['device']}, batch {row['batch']}: {row['tokens_per_s']:,.0f} tokens/s{used}; {shares}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES, "all"], default="tiny")
     parser.add_argument("--repeats", type=int, default=0, help="timed train steps of each kind; 0: 20, or 4 at 169m")
+    parser.add_argument("--batch", type=int, default=0, help="examples of a training step; 0: the size's own")
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)  # child process: one row as JSON
     args = parser.parse_args(argv)
-    if args.repeats < 0:
-        parser.error(f"--repeats: got {args.repeats}, wanted at least 1 (or 0 for the default)")
+    for name in ("repeats", "batch"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name}: got {getattr(args, name)}, wanted at least 1 (or 0 for the default)")
     if args.json:
         try:
             command.check_file("--json", Path(args.json))
@@ -186,13 +245,14 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(str(error))
     if args.row:
         startup.keep_memory()
-        print(json.dumps(measure(args.size, args.repeats or (4 if args.size == "169m" else 20))))
+        print(json.dumps(_row(args.size, args.repeats, args.batch)))
         return
     rows = []
     print(f"{'size':8}" + "".join(f"{name:>22}" for name in COLUMNS), flush=True)
     for name in SIZES if args.size == "all" else [args.size]:
-        rows.append(measured(name, args.repeats))
+        rows.append(measured(name, args.repeats, args.batch))
         print(f"{name:8}" + "".join(f"{rows[-1][column]:22.2f}" for column in COLUMNS), flush=True)
+        print(_share_line(rows[-1]), flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -7,7 +7,7 @@ import pytest
 from golden.arrays import Group, compare
 from golden.models import MDLM
 from smdlm.convert import __main__ as convert
-from smdlm.convert import files, mdlm
+from smdlm.convert import files, mdlm, mdlm_export
 
 CONVERSION = Group("conversion", 0)
 
@@ -19,7 +19,7 @@ def test_names(diffusion):
     order = [line.split(" ", 1) for line in lines[1:middle]]
     listed = [line.split(" ", 1)[1] for line in lines[middle + 1 :]]
     assert listed == [f"{leaf.source} {leaf.shape}" for leaf in mdlm.table(diffusion.model)]
-    exported = mdlm.export_tree(diffusion.params, {"model": dataclasses.asdict(diffusion.model)}, "mdlm").tensors
+    exported = mdlm_export.export_tree(diffusion.params, {"model": dataclasses.asdict(diffusion.model)}, "mdlm").tensors
     assert [[name, f"{value.shape} {value.dtype}"] for name, value in exported.items()] == order
     if MDLM.has("ema.safetensors"):  # the list under its names
         averaged = mdlm.from_tree(diffusion.ema["backbone"], diffusion.model)
