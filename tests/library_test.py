@@ -1,11 +1,13 @@
 """The library: what `smdlm.load` gives. Samples, infills, scores, and what is refused."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import smdlm
 from smdlm import experiment
@@ -15,7 +17,7 @@ from smdlm.objective import Example
 
 SETTINGS = {
     "model": {"width": 32, "depth": 2, "heads": 2, "cond": 8, "dropout": 0.0, "vocab_multiple": 1},
-    "data": {"tokenizer": "bytes", "seq_len": 32, "batch_size": 8},
+    "data": {"tokenizer": "bytes", "seq_len": 48, "batch_size": 8},
     "softmask": {"p_sm": 0.8, "scale": 0.4, "centre": -2.0, "steepness": 2.0},
     "optimizer": {"warmup": 0, "lr": 3e-3},
     "train": {"steps": 12, "log_every": 4, "save_every": 12},
@@ -74,8 +76,8 @@ def test_settings_are_fields_of_the_section(model):
         model.sample(step=3)
     with pytest.raises(ValueError, match="got eta .a field of policy remdm_cap"):
         model.sample(policy="entropy", eta=0.1)
-    with pytest.raises(ValueError, match="sampling.prompt: got 40 tokens, wanted fewer than data.seq_len = 32"):
-        model.sample("x" * 40)
+    with pytest.raises(ValueError, match="sampling.prompt: got 60 tokens, wanted fewer than data.seq_len = 48"):
+        model.sample("x" * 60)
 
 
 def test_infill_fills_the_blanks_alone(model):
@@ -89,7 +91,7 @@ def test_infill_fills_the_blanks_alone(model):
     assert model.infill("a <b> c", blank="<b>", tokens=2, seed=1)[0].startswith("a ")
     for text, tokens, message in (
         ("no blank", 4, "got no '____' in the text"),
-        ("____", 33, "got 33 tokens, wanted at most 32"),
+        ("____", 49, "got 49 tokens, wanted at most 48"),
         ("____", 0, "got tokens=0, wanted at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -138,6 +140,17 @@ def test_a_causal_model_samples_and_scores_exactly(causal):
 def test_denoiser_and_params_go_on_in_jax(model):
     hidden = model.denoiser(model.params, np.zeros((1, 5), np.int32))
     assert hidden.shape == (1, 5, 32) and model.denoiser.head(model.params).logits(hidden).shape == (1, 5, 258)
+
+
+def test_the_lines_of_the_readme(model, monkeypatch, capsys):
+    """They run as they stand there, on a smaller run in the place of runs/tiny."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    asked = []
+    monkeypatch.setattr(smdlm, "load", lambda workdir: asked.append(workdir) or model, raising=False)
+    exec(compile(lines, "README.md", "exec"), {})
+    samples, infilled, value, *_ = capsys.readouterr().out.splitlines()
+    assert asked == ["runs/tiny"] and samples.startswith("['Return the ") and value.startswith("Value(mean=")
+    assert infilled.startswith("Return ") and infilled.endswith(" of the list.")
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
