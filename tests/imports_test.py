@@ -95,8 +95,6 @@ def test_the_package_was_found():
     assert {"smdlm.softmask", "smdlm.train", "smdlm.main", "smdlm.models.dit"} <= set(MODULES)
     assert "smdlm.softmask" in inside("smdlm.denoiser") and "smdlm.command" in inside("smdlm.main")
     assert all((name in MODULES and other in imports(name)) for name, other in UPWARD)
-    unused = [prefix for row in FLOORS for prefix in row if prefix not in MODULES]
-    assert not unused, f"FLOORS names {unused}, which do not exist"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -55,7 +55,8 @@ def _warn_of_copies(rows: int, shards: int) -> None:
     logging.warning(
         "got %d rows for %d parts of the mesh (data x fsdp), wanted a multiple: every device computes all of them "
         "(eval.batch_size, sampling.count)",
-        *(rows, shards),
+        rows,
+        shards,
     )
 
 

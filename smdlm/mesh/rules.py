@@ -61,6 +61,10 @@ def _names(path: Any) -> tuple[str, ...]:
     return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -84,7 +88,7 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     uneven = []
 
     def sharding(path, leaf):
-        names = leaf.names if isinstance(leaf, nn.meta.AxisMetadata) else ()
+        names = leaf.names if _is_boxed(leaf) else ()
         unknown = [n for n in names if n is not None and n not in RULES]
         if unknown:
             raise ValueError(f"mesh: no rule for the logical axes {unknown}; add them to mesh.rules.RULES")
@@ -94,8 +98,7 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
                 uneven.append(f"  {'/'.join(_names(path))}: {name} {size}, {axis} {mesh.shape[axis]}")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
-    shardings = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_boxed)
+    shardings = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
     if uneven:
         raise ValueError(
             f"mesh: got {len(uneven)} parameters with axes that the mesh does not divide, wanted multiples: change "

@@ -30,7 +30,10 @@ class Chunk(NamedTuple):
 
     def into(self, targets: Any, values: Any) -> Any:
         """A pytree of arrays [N, ...] with these rows replaced by values [C, ...] of the same structure."""
-        put = lambda target, value: target.at[self.index].set(value.astype(target.dtype), mode="drop")
+
+        def put(target: jax.Array, value: jax.Array) -> jax.Array:
+            return target.at[self.index].set(value.astype(target.dtype), mode="drop")
+
         return jax.tree.map(put, targets, values)
 
 
@@ -69,8 +72,8 @@ def in_cache(fn: Callable[..., Any], logits: jax.Array, *arrays: jax.Array) -> A
     few = max(n for n in range(1, max(1, most) + 1) if rows % n == 0)
     if few == rows:
         return fn(logits, *arrays)
-    fold = lambda x: x.reshape(-1, few, *x.shape[1:])
-    out = jax.lax.map(lambda xs: fn(*xs), (fold(logits), *map(fold, arrays)))
+    folded = jax.tree.map(lambda x: x.reshape(-1, few, *x.shape[1:]), (logits, *arrays))
+    out = jax.lax.map(lambda xs: fn(*xs), folded)
     return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
 
 

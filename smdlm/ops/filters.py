@@ -48,6 +48,14 @@ class Filters:
         return jnp.where(probs >= threshold[:, None], probs, 0.0)
 
 
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") -> jax.Array:
     """The smallest probability that top-p keeps: [N, V] f32 -> [N] f32.
 
@@ -55,19 +63,17 @@ def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") ->
     of the bits is the order of the values, so half of the steps are spent on the exponent and half inside an octave.
     A row is done when at most one token lies between the bounds; equal probabilities are kept or dropped together.
     """
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
-    value = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
 
     def open_rows(state):
         low, high, mass_low, mass_high = state
         # Tokens between the bounds are at least `low` each, so a gap below 2 low holds at most one of them; 1.5 leaves
         # room for the rounding of the two sums.
-        return (high - low > 1) & (mass_low - mass_high >= 1.5 * value(low))
+        return (high - low > 1) & (mass_low - mass_high >= 1.5 * _float(low))
 
     def halve(state):
         low, high, mass_low, mass_high = state
         middle = low + (high - low) // 2
-        mass = jnp.sum(jnp.where(probs >= value(middle)[:, None], probs, 0.0), -1)
+        mass = jnp.sum(jnp.where(probs >= _float(middle)[:, None], probs, 0.0), -1)
         # 'reference' keeps what does not exceed p, so a mass equal to p belongs to the upper side there.
         enough = mass >= top_p if rule == "standard" else mass > top_p
         keep = open_rows(state)
@@ -78,10 +84,10 @@ def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") ->
     rows, vocab = probs.shape
     top = probs.max(-1)
     # All tokens below (1 - p) / V together weigh less than 1 - p; halved against rounding of the sum.
-    low = jnp.minimum(bits(jnp.full(rows, 0.5 * (1 - top_p) / vocab, jnp.float32)), bits(top))
-    state = (low, bits(top) + 1, jnp.ones(rows), jnp.zeros(rows))
+    low = jnp.minimum(_bits(jnp.full(rows, 0.5 * (1 - top_p) / vocab, jnp.float32)), _bits(top))
+    state = (low, _bits(top) + 1, jnp.ones(rows), jnp.zeros(rows))
     low, high, _, _ = jax.lax.while_loop(lambda s: jnp.any(open_rows(s)), halve, state)
-    return value(low) if rule == "standard" else jnp.minimum(value(high), top)
+    return _float(low) if rule == "standard" else jnp.minimum(_float(high), top)
 
 
 def inverse_cdf(probs: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:

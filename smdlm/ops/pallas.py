@@ -5,6 +5,7 @@ Shapes: N rows, D width, V vocabulary, K candidates.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,6 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128  # the vector width of a TPU
-
-
 ROWS, COLUMNS = 1024, 512  # the largest tile of logits in VMEM: 2 MiB
 LOWEST = -3e38  # below any logit, and finite: times zero it is zero
 
@@ -41,7 +40,10 @@ def statistics(
     """
     (out,) = _sweep(
         functools.partial(_statistics_tile, k=k),
-        *(hidden, matrix, bias, count),
+        hidden,
+        matrix,
+        bias,
+        count,
         results=[((hidden.shape[0], LANES), "rows")],
         interpret=interpret,
         name="readout_statistics",
@@ -69,21 +71,61 @@ def nll(
     """
     (total, width), vocab = hidden.shape, matrix.shape[1]
     sweep = functools.partial(_sweep, hidden=hidden, matrix=matrix, bias=bias, count=count, interpret=interpret)
-    column = lambda x: x.reshape(-1, 1)
-    (out,) = sweep(
-        _partition_tile, rows=[column(targets)], results=[((total, LANES), "rows")], name="readout_partition"
-    )
+    targets, weights = targets[:, None], weights[:, None]
+    (out,) = sweep(_partition_tile, per_row=[targets], results=[((total, LANES), "rows")], name="readout_partition")
     top, mass, wanted = out[:, 0], jnp.maximum(out[:, 1], 1e-30), out[:, 2]
     partition = top + jnp.log(mass)
-    rows = [column(targets), column(weights), column(partition)]
-    (d_hidden,) = sweep(_d_hidden_tile, rows=rows, results=[((total, width), "rows")], name="readout_d_hidden")
-    d_matrix, d_bias = sweep(
-        _d_matrix_tile,
-        rows=rows,
-        results=[((width, vocab), "columns"), ((1, vocab), "columns")],
-        name="readout_d_matrix",
-    )
+    per_row = [targets, weights, partition[:, None]]
+    (d_hidden,) = sweep(_d_hidden_tile, per_row=per_row, results=[((total, width), "rows")], name="readout_d_hidden")
+    by_columns = [((width, vocab), "columns"), ((1, vocab), "columns")]
+    d_matrix, d_bias = sweep(_d_matrix_tile, per_row=per_row, results=by_columns, name="readout_d_matrix")
     return partition - wanted, d_hidden, d_matrix, d_bias[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The logits [N, V] in tiles of [rows, columns], and the order in which a kernel visits them.
+
+    Attributes:
+      row_tiles, column_tiles: their numbers.
+      by_rows: the outer loop goes over the rows, else over the columns.
+    """
+
+    rows: int
+    columns: int
+    row_tiles: int
+    column_tiles: int
+    by_rows: bool
+
+    @classmethod
+    def of(cls, total: int, vocab: int, by_rows: bool) -> _Tiles:
+        rows = min(ROWS, total)
+        columns = max(n for n in range(LANES, COLUMNS + 1, LANES) if vocab % n == 0)
+        return cls(rows, columns, total // rows, vocab // columns, by_rows)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.row_tiles, self.column_tiles) if self.by_rows else (self.column_tiles, self.row_tiles)
+
+    def at(self, outer: Any, inner: Any) -> tuple[Any, Any]:
+        """Which tile of rows, and which of columns, at a step of the two loops."""
+        return (outer, inner) if self.by_rows else (inner, outer)
+
+    def block(self, shape: tuple[int, int], axis: str) -> Any:
+        """The part of an array that a step sees: whole along one axis, a tile along the named one, 'rows' or 'columns'.
+
+        Without a wanted row in the tile nothing is computed, and nothing fetched: the blocks in VMEM stay the same.
+        """
+        from jax.experimental import pallas as pl
+
+        def index(outer: jax.Array, inner: jax.Array, count: Any) -> tuple[Any, Any]:
+            i, j = self.at(outer, inner)
+            last = jnp.maximum(pl.cdiv(count[0], self.rows) - 1, 0)
+            if axis == "rows":
+                return (i if self.by_rows else jnp.minimum(i, last)), 0
+            return 0, (jnp.where(i <= last, j, 0) if self.by_rows else j)
+
+        return pl.BlockSpec((self.rows, shape[1]) if axis == "rows" else (shape[0], self.columns), index)
 
 
 def _sweep(
@@ -93,81 +135,70 @@ def _sweep(
     bias: jax.Array,
     count: jax.Array,
     *,
-    rows: Sequence[jax.Array] = (),
+    per_row: Sequence[jax.Array] = (),
     results: Sequence[tuple[tuple[int, int], str]],
     interpret: bool,
     name: str,
 ) -> list[jax.Array]:
-    """Calls tile(at, logits [R, C], columns [R, C] f32, hidden, matrix, *rows, *results) on every tile of the logits.
+    """Calls tile(at, logits [R, C], columns [R, C] f32, hidden, matrix, *per_row, *results) on every tile.
 
     Args:
-      rows: arrays [N, 1], handed over by tiles of rows.
+      per_row: arrays [N, 1], handed over by tiles of rows.
       results: f32 (shape, 'rows' or 'columns'). A result by rows is kept in VMEM while the vocabulary passes, one by
         columns while the rows do. `at` is 0 on the first tile of that pass, when its contents are undefined.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    (total, width), vocab = hidden.shape, matrix.shape[1]
-    by_rows = results[0][1] == "rows"
-    row_tile = min(ROWS, total)
-    column_tile = max(n for n in range(LANES, COLUMNS + 1, LANES) if vocab % n == 0)
-    row_tiles, column_tiles = total // row_tile, vocab // column_tile
-
-    # Without a wanted row in the tile nothing is computed, and nothing fetched: the blocks in VMEM stay the same.
-    def block(shape: tuple[int, int], axis: str) -> pl.BlockSpec:
-        def index(outer: jax.Array, inner: jax.Array, count: Any) -> tuple[Any, Any]:
-            i, j = (outer, inner) if by_rows else (inner, outer)
-            last = jnp.maximum(pl.cdiv(count[0], row_tile) - 1, 0)
-            if axis == "rows":
-                return (i if by_rows else jnp.minimum(i, last)), 0
-            return 0, (jnp.where(i <= last, j, 0) if by_rows else j)
-
-        return pl.BlockSpec(shape, index)
+    tiles = _Tiles.of(len(hidden), matrix.shape[1], by_rows=results[0][1] == "rows")
 
     def body(count, hidden, matrix, bias, *refs):
-        outer, inner = pl.program_id(0), pl.program_id(1)
-        i, j = (outer, inner) if by_rows else (inner, outer)
+        inner = pl.program_id(1)
+        i, j = tiles.at(pl.program_id(0), inner)
 
         @pl.when(inner == 0)
         def _():
-            for ref in refs[len(rows) :]:
+            for ref in refs[len(per_row) :]:
                 ref[...] = jnp.zeros_like(ref)
 
-        @pl.when(i * row_tile < count[0])
+        @pl.when(i * tiles.rows < count[0])
         def _():
             logits = jnp.dot(hidden[...], matrix[...], preferred_element_type=jnp.float32) + bias[...]
-            columns = (j * column_tile + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)).astype(jnp.float32)
-            tile(inner, logits, columns, hidden, matrix, *refs)
+            column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+            tile(inner, logits, (j * tiles.columns + column).astype(jnp.float32), hidden, matrix, *refs)
 
-    sizes = {"rows": lambda shape: (row_tile, shape[1]), "columns": lambda shape: (shape[0], column_tile)}
-    products = 1 if len(results) == 1 and results[0][0][1] == LANES else 2
-    again = row_tiles * matrix.size if by_rows else column_tiles * hidden.size
+    bias = bias.reshape(1, -1)
+    by_columns = [tiles.block(x.shape, "columns") for x in (matrix, bias)]
+    by_rows = [tiles.block(x.shape, "rows") for x in per_row]
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(row_tiles, column_tiles) if by_rows else (column_tiles, row_tiles),
-            in_specs=[
-                block((row_tile, width), "rows"),
-                block((width, column_tile), "columns"),
-                block((1, column_tile), "columns"),
-                *(block((row_tile, 1), "rows") for _ in rows),
-            ],
-            out_specs=[block(sizes[axis](shape), axis) for shape, axis in results],
+            grid=tiles.grid,
+            in_specs=[tiles.block(hidden.shape, "rows"), *by_columns, *by_rows],
+            out_specs=[tiles.block(shape, axis) for shape, axis in results],
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * total * width * vocab,
-            transcendentals=total * vocab,
-            bytes_accessed=2 * (again + hidden.size + matrix.size) + 4 * sum(a * b for (a, b), _ in results),
-        ),
+        cost_estimate=_cost(tiles, hidden, matrix, [shape for shape, _ in results]),
         interpret=interpret,
         name=name,
-    )(count.reshape(1), hidden, matrix, bias.reshape(1, -1), *rows)
+    )(count.reshape(1), hidden, matrix, bias, *per_row)
+
+
+def _cost(tiles: _Tiles, hidden: jax.Array, matrix: jax.Array, results: Sequence[tuple[int, int]]) -> Any:
+    """For the scheduler: the logits and, but for statistics of LANES per row, one more product for the result."""
+    from jax.experimental import pallas as pl
+
+    products = 1 if len(results) == 1 and results[0][1] == LANES else 2
+    again = tiles.row_tiles * matrix.size if tiles.by_rows else tiles.column_tiles * hidden.size
+    return pl.CostEstimate(
+        flops=2 * products * len(hidden) * matrix.size,
+        transcendentals=len(hidden) * matrix.shape[1],
+        bytes_accessed=2 * (again + hidden.size + matrix.size) + 4 * sum(a * b for a, b in results),
+    )
 
 
 def _statistics_tile(at, logits, columns, hidden, matrix, out, *, k: int):

@@ -84,13 +84,13 @@ class Topology:
         # A machine without TPUs has no metadata server to ask, no other workers and nothing to lock; one without GPUs
         # no driver to check.
         os.environ |= {
-            **{
-                "TPU_SKIP_MDS_QUERY": "1",
-                "TPU_WORKER_HOSTNAMES": "localhost",
-                "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            },
-            **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_STDERR_LOG_LEVEL": "3",
+            "TPU_MIN_LOG_LEVEL": "3",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         }
         roots = importlib.util.find_spec("nvidia").submodule_search_locations if self.gpu else ()
         folders = ":".join(sorted(str(folder) for root in roots for folder in Path(root).glob("*/lib")))

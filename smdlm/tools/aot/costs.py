@@ -200,7 +200,10 @@ def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, 
     """2 x products, without those that meet padding or the holes of a dilated operand: batched products look so."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.tail)
     window = dict(re.findall(r"(\w+)=(\S+?)(?=[ }])", (re.search(r"window=\{([^}]*)\}", i.tail) or ["", ""])[1] + " "))
-    field = lambda name, default: [int(x) for x in window[name].split("x")] if name in window else default
+
+    def field(name: str, default: list[int]) -> list[int]:
+        return [int(x) for x in window[name].split("x")] if name in window else default
+
     lhs, rhs, out = labels.groups()
     rank = sum(c.isdigit() for c in lhs)
     ones = [1] * rank
@@ -208,13 +211,13 @@ def _convolution_flops(i: Instruction, left: tuple[int, ...], right: tuple[int, 
     pads = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * rank
     total = 2.0 * right[rhs.index("i")] * i.type[0].dims[out.index("b")] * i.type[0].dims[out.index("f")]
     for d in range(rank):
-        size, kernel, result = left[lhs.index(str(d))], right[rhs.index(str(d))], i.type[0].dims[out.index(str(d))]
-        total *= _meetings(size, kernel, result, stride[d], dilate[d], base[d], pads[d])
+        size, taps, result = left[lhs.index(str(d))], right[rhs.index(str(d))], i.type[0].dims[out.index(str(d))]
+        total *= _meetings(size, taps, result, stride[d], dilate[d], base[d], pads[d])
     return total
 
 
 @functools.cache
-def _meetings(size: int, kernel: int, result: int, stride: int, dilate: int, base: int, pad: int) -> int:
-    """Pairs of kernel and result positions that meet an entry of the operand, along one dimension."""
-    at = np.arange(result)[:, None] * stride - pad + np.arange(kernel) * dilate
+def _meetings(size: int, taps: int, result: int, stride: int, dilate: int, base: int, pad: int) -> int:
+    """Pairs of positions of the window and of the result that meet an entry of the operand, along one dimension."""
+    at = np.arange(result)[:, None] * stride - pad + np.arange(taps) * dilate
     return int(np.sum((at >= 0) & (at < (size - 1) * base + 1) & (at % base == 0)))

@@ -74,6 +74,11 @@ def _type(text: str) -> tuple[Array, ...]:
     return tuple(_array(*m) for m in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", text))
 
 
+def _vectors(i: Instruction) -> list[int]:
+    """Lengths of the vectors of 32-bit integers among what an instruction makes."""
+    return [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
+
+
 def _ours(file: str) -> str:
     """'sampling/loop.py' of that file of this package, wherever it is installed; '' of any other file."""
     return file.removeprefix(PACKAGE) if file.startswith(PACKAGE) else ""
@@ -155,13 +160,15 @@ class Program:
     @functools.cached_property
     def _frames(self) -> dict[int, tuple[str, int]]:
         """Stack frame -> (source file, the frame that called it)."""
-        frames, places, names = (self._tables.get(t, {}) for t in ("StackFrames", "FileLocations", "FileNames"))
+        frames, locations, names = (self._tables.get(t, {}) for t in ("StackFrames", "FileLocations", "FileNames"))
         ids = {n: [int(i) for i in re.findall(r"=(\d+)", text)] for n, text in frames.items()}
-        offset = (
-            ids[1][1] if ids else 0
-        )  # the outermost frame's parent is printed as 1 by some versions, as 0 by others
-        name = lambda place: names[int(re.search(r"file_name_id=(\d+)", places[place])[1])].strip('"')
-        return {n: (name(place), parent - offset) for n, (place, parent) in ids.items()}
+        # The outermost frame's parent is printed as 1 by some versions, as 0 by others.
+        offset = ids[1][1] if ids else 0
+
+        def file(location: int) -> str:
+            return names[int(re.search(r"file_name_id=(\d+)", locations[location])[1])].strip('"')
+
+        return {n: (file(location), parent - offset) for n, (location, parent) in ids.items()}
 
     def part(self, instruction: Instruction) -> str | None:
         """The first file that the step or the sampler's loop calls: 'denoiser', 'readout', 'optax', .. or None."""
@@ -194,12 +201,11 @@ class Program:
 
     def loop(self, i: Instruction) -> Loop:
         files = [f for f in map(_ours, self.stack(i)) if f]
-        vectors = lambda i: [a.dims[0] for a in i.type if len(a.dims) == 1 and a.text.startswith("s32")]
-        rows = max(vectors(i), default=1)
+        rows = max(_vectors(i), default=1)
         slices = [
-            max(vectors(j))
+            max(_vectors(j))
             for name, j in self._fused(i.called("body"))
-            if j.opcode == "dynamic-slice" and rows in vectors(self.operands(name, j)[0])
+            if j.opcode == "dynamic-slice" and rows in _vectors(self.operands(name, j)[0])
         ]
         return Loop(files[-1] if files else "?", rows, max(slices, default=rows))
 

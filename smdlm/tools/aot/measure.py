@@ -78,7 +78,7 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
 
 
 def compile_sampler(config: Config, topology: Topology) -> Report:
-    """The sampler on sampling.count canvases of data.seq_len masks, placed as `partition.place` does."""
+    """The sampler on sampling.count canvases of data.seq_len masks, placed as `mesh.arrays.place` does."""
     experiment = _experiment(config, topology)
     mesh, sampler, count, length = experiment.mesh, experiment.sampler, config.sampling.count, config.data.seq_len
 
@@ -233,7 +233,10 @@ class _Dump:
         self._live = read("live-range.txt")
         lines = re.findall(r"^allocation \d+: .*", read("after_optimizations-buffer-assignment.txt"), re.M)
         lines = [line for line in lines if ", color " not in line]  # color 0 is HBM, and not printed
-        size = lambda part: sum(int(re.search(r"size (\d+)", line)[1]) for line in lines if part in line)
+
+        def size(part: str) -> int:
+            return sum(int(re.search(r"size (\d+)", line)[1]) for line in lines if part in line)
+
         self.arguments, self.temp, self.total = size(", parameter "), size("preallocated-temp"), size("")
 
     def largest(self, count: int = 8) -> list[tuple[int, str]]:
