@@ -125,73 +125,87 @@ def _head_bytes(parts: list[dict[str, Any]]) -> float:
     return sum(part["hbm_bytes"] for part in parts if part["part"] in ("readout", "tools/aot/plain"))
 
 
+PAGE = """# Performance
+
+Written by `python -m smdlm.tools.performance` from `performance.json`; delete that file to measure anew.
+
+## On a CPU
+
+Medians of interleaved runs in ms. On a shared machine only the ratios mean something: a soft-masked step
+over a binary one, and a sampler's step over a bare forward pass with all logits.
+
+{cpu}
+## Meshes
+
+The tiny model on devices forced out of one CPU: the largest relative difference of the losses of {steps}
+soft-masked steps from those of one device, and the seconds to the end of the first step (compilation). This
+shows that meshes are correct and compile; it says nothing about speed on real devices.
+
+{meshes}
+## On accelerators that were not there
+
+From the compilers of the accelerators (`python -m smdlm.tools.aot`), per chip; HBM in GiB, of which the peak
+may be less than arguments and temporaries together: the memory of a donated argument is used again. TFLOP
+and time count loops as often as they run, half of the tokens masked, a step with feedback. GB are what
+goes through HBM, of which `head` for logits, loss and feedback; of a sampler, for all of its steps. The
+time is a roofline, a lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no
+remat. The CUDA compiler offers no cost analysis.
+
+{programs}"""
+HEAD = ("config", "form", "program", "chips", "batch per chip", "arguments", "temporaries", "peak", "limit", "fits")
+WORK = ("TFLOP", "HBM, GB", "head, GB", "ms per step", "tokens/s", "MFU", "compile, s")
+
+
 def render(rows: dict[str, Any]) -> str:
     """The page, from the rows by name."""
-    sizes = [(name, row) for name in SIZES if (row := rows.get(f"cpu {name}"))]
+    cpu = [(name, row) for name in SIZES if (row := rows.get(f"cpu {name}"))]
+    return PAGE.format(
+        steps=STEPS,
+        cpu=_table(("size", *COLUMNS), [(name, *(f"{row[c]:.2f}" for c in COLUMNS)) for name, row in cpu]),
+        meshes=_mesh_table(rows),
+        programs=_program_table(rows),
+    )
+
+
+def _mesh_table(rows: dict[str, Any]) -> str:
     meshes = [row for m in MESHES if (row := rows.get(f"mesh {m}"))]
     one = np.array(meshes[0]["losses"]) if meshes else None
-    mesh_rows = [
+    lines = [
         (*m["mesh"], f"{np.max(np.abs(np.array(m['losses']) / one - 1)):.1e}", f"{m['first_step_s']:.1f}")
         for m in meshes
     ]
+    return _table(("data", "fsdp", "tensor", "loss difference", "first step, s"), lines)
+
+
+def _program_table(rows: dict[str, Any]) -> str:
+    """Of what was compiled, and below it which compilers were missing."""
+    lines = [_program_row(program, row) for program in PROGRAMS for row in rows.get(_name(program), ())]
+    parts = [_table((*HEAD, *WORK), lines)] if lines else []
+    missing = sorted({p[2].partition(":")[0] for p in PROGRAMS if _name(p) not in rows and not _compiler(p[2])})
+    for chip in missing:
+        extra = "cuda" if chip == "h100" else "aot"
+        parts.append(f"Not measured for {chip}: its compiler is missing (`pip install -e '.[{extra}]'`).\n")
+    return "\n".join(parts)
+
+
+def _program_row(program: tuple[Any, ...], row: dict[str, Any]) -> tuple[str, ...]:
+    what, config, topology, *_ = program
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    program_rows = [
-        (
-            *(config, what, row["program"], topology, f"{row['batch_per_chip']:g}"),
-            *(f"{row[name]:.2f}" for name in ("arguments_gib", "temp_gib", "peak_gib", "hbm_limit_gib")),
-            "yes" if row["fits"] else "no",
-            number(row["flops_per_chip"] and row["flops_per_chip"] / 1e12, ".2f"),
-            number(row["hbm_bytes_per_chip"] and row["hbm_bytes_per_chip"] / 1e9, ".1f"),
-            number(row["parts"] and _head_bytes(row["parts"]) / 1e9, ".2f"),
-            *(number(row[name], form) for name, form in (("step_ms_roofline", ".1f"), ("tokens_per_s", ",.0f"))),
-            number(row["mfu"], ".0%"),
-            f"{row['compile_s']:.0f}",
-        )
-        for program in PROGRAMS
-        for what, config, topology in [program[:3]]
-        for row in rows.get(_name(program), ())
-    ]
-    missing = sorted({p[2].partition(":")[0] for p in PROGRAMS if _name(p) not in rows and not _compiler(p[2])})
-    hints = {"h100": "`pip install -e '.[cuda]'`"}
-    lines = [
-        "# Performance",
-        "",
-        "Written by `python -m smdlm.tools.performance` from `performance.json`; delete that file to measure anew.",
-        "",
-        "## On a CPU",
-        "",
-        "Medians of interleaved runs in ms. On a shared machine only the ratios mean something: a soft-masked step",
-        "over a binary one, and a sampler's step over a bare forward pass with all logits.",
-        "",
-        _table(("size", *COLUMNS), [(n, *(f"{row[c]:.2f}" for c in COLUMNS)) for n, row in sizes]),
-        "## Meshes",
-        "",
-        f"The tiny model on devices forced out of one CPU: the largest relative difference of the losses of {STEPS}",
-        "soft-masked steps from those of one device, and the seconds to the end of the first step (compilation). This",
-        "shows that meshes are correct and compile; it says nothing about speed on real devices.",
-        "",
-        _table(("data", "fsdp", "tensor", "loss difference", "first step, s"), mesh_rows),
-        "## On accelerators that were not there",
-        "",
-        "From the compilers of the accelerators (`python -m smdlm.tools.aot`), per chip; HBM in GiB, of which the peak",
-        "may be less than arguments and temporaries together: the memory of a donated argument is used again. TFLOP",
-        "and time count loops as often as they run, half of the tokens masked, a step with feedback. GB are what",
-        "goes through HBM, of which `head` for logits, loss and feedback; of a sampler, for all of its steps. The",
-        "time is a roofline, a lower bound: no program was run. `plain`: all logits, XLA's attention, autodiff, no",
-        "remat. The CUDA compiler offers no cost analysis.",
-        "",
-    ]
-    head = ("config", "form", "program", "chips", "batch per chip", "arguments", "temporaries", "peak", "limit", "fits")
-    if program_rows:
-        work = ("TFLOP", "HBM, GB", "head, GB", "ms per step", "tokens/s", "MFU", "compile, s")
-        lines.append(_table((*head, *work), program_rows))
-    for chip in missing:
-        hint = hints.get(chip, "`pip install -e '.[aot]'`")
-        lines += [f"Not measured for {chip}: its compiler is missing ({hint}).", ""]
-    return "\n".join(lines)
+    return (
+        *(config, what, row["program"], topology, f"{row['batch_per_chip']:g}"),
+        *(f"{row[name]:.2f}" for name in ("arguments_gib", "temp_gib", "peak_gib", "hbm_limit_gib")),
+        "yes" if row["fits"] else "no",
+        number(row["flops_per_chip"] and row["flops_per_chip"] / 1e12, ".2f"),
+        number(row["hbm_bytes_per_chip"] and row["hbm_bytes_per_chip"] / 1e9, ".1f"),
+        number(row["parts"] and _head_bytes(row["parts"]) / 1e9, ".2f"),
+        number(row["step_ms_roofline"], ".1f"),
+        number(row["tokens_per_s"], ",.0f"),
+        number(row["mfu"], ".0%"),
+        f"{row['compile_s']:.0f}",
+    )
 
 
 if __name__ == "__main__":
