@@ -115,6 +115,20 @@ def test_bad_input_is_one_line(tmp_path, flag, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_any_folder_terminal_and_precision(tmp_path, finished):
+    """ar_tiny.py imports its neighbour tiny.py, from a folder with a `configs` of its own; stdout is ASCII; x64 is on."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    (tmp_path / "corpus").symlink_to(finished[0].parent / "corpus")
+    flags = [*command(tmp_path / "run"), "--config.train.steps=4"]
+    flags[3] = f"--config={ROOT}/configs/ar_tiny.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "JAX_ENABLE_X64": "1"}
+    done = subprocess.run(flags, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "+- " in done.stdout and done.stderr.count("JAX_ENABLE_X64 is set and is ignored") == 1
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_finished_run_does_not_answer_for_another_config(finished):
     done = call(finished[0], "--config.optimizer.lr=0.1", "--config.train.keep=1")
     assert done.returncode == 2 and "another optimizer.lr (0.004, now 0.1), wanted the same" in done.stderr
