@@ -28,7 +28,7 @@ FLOORS = [
     ["smdlm.convert"],
     ["smdlm.build"],
     ["smdlm.experiment"],
-    ["smdlm"],
+    ["smdlm", "smdlm.study"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.
