@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval = dict(metrics="likelihood,lab_likelihood", blocks=256, batch_size=128, chain=0)
     config.study = dict(
         runs=dict(binary=dict(softmask=dict(p_sm=0.0)), softmask=dict()),
+        baseline="binary",
         grids=dict(
             nfe=dict(count=512, steps=(8, 16, 32, 64)),
             colder=dict(count=512, steps=64, temperature=0.9),

@@ -30,9 +30,7 @@ from smdlm.io.writer import Writer, unused_name
 def define_flags() -> None:
     command.define_config()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
-    flags.DEFINE_enum(
-        "mode", "train", ["train", "eval", "sample", "study"], "train includes the final eval and samples."
-    )
+    flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "study"], "train ends with an eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
     flags.DEFINE_bool("distributed", False, "One of several processes, each started with this command.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")

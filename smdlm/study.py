@@ -2,8 +2,8 @@
 
     python -m smdlm.main --mode=study --config=configs/lab.py [--workdir=DIR]
 
-A config with a section `study` (see `Study`) is a study; in the other modes it is the config of its first run without
-the changes. What is there already is not done again, so the same command continues a killed study:
+A config with a section `study` (see `Study`) is a study; the other modes do not look at that section. What is there
+already is not done again, so the same command continues a killed study:
 
 WORKDIR/RUN-seed0/              an ordinary workdir
 WORKDIR/cells/RUN-seed0-steps8.json, .jsonl    values of a cell, and its samples
@@ -14,7 +14,6 @@ All runs of one seed sample with the same noise, so that their differences come 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -31,7 +30,7 @@ from smdlm.build import assemble, build
 from smdlm.config import Config, pick, read
 from smdlm.data.kept import tokenizer_of_run
 from smdlm.evaluate import EVALUATORS
-from smdlm.evaluate.base import Value, ratio
+from smdlm.evaluate.base import ratio
 from smdlm.files import owned, write, write_json
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # half-width of a 95 % interval of so many seeds, in standard errors
@@ -42,7 +41,8 @@ class Study:
     """config.study.
 
     Attributes:
-      runs: {name: {section: {field: value}}}: what each run changes of the config; the first is the baseline.
+      runs: {name: {section: {field: value}}}: what each run changes of the config.
+      baseline: the run with which all others are compared.
       grids: {name: {field of config.sampling: value, or a tuple of values to combine}}; a cell is one combination.
       metrics: of evaluate.EVALUATORS, joined by commas, applied to the samples of a cell.
       score: the value by which runs are compared, one that a metric also gives per sample (`rows`); less is better.
@@ -51,6 +51,7 @@ class Study:
     """
 
     runs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    baseline: str
     grids: Mapping[str, Mapping[str, Any]]
     metrics: str
     score: str
@@ -58,8 +59,11 @@ class Study:
     seeds: int = 1
 
     def __post_init__(self):
-        if len(self.runs) < 2:
-            raise ValueError(f"study.runs: got {list(self.runs)}, wanted two runs or more: they are compared")
+        if len(self.runs) < 2 or self.baseline not in self.runs:
+            raise ValueError(
+                f"study.runs: got {list(self.runs)} with baseline {self.baseline!r}, wanted two runs or more, the "
+                "baseline among them"
+            )
         if self.seeds < 1:
             raise ValueError(f"study.seeds: got {self.seeds}, wanted at least 1")
         for name in self.metrics.split(","):
@@ -117,7 +121,7 @@ def read_study(given: Any) -> tuple[Study, list[Cell]]:
         raise ValueError(f"config.study: got other fields than wanted ({error})") from error
     cells = []
     for seed, (run, changes), changed in itertools.product(range(study.seeds), study.runs.items(), study.settings()):
-        mine = copy.deepcopy(settings)
+        mine = dict(settings)
         for section, values in (*changes.items(), ("train", {"seed": seed}), ("sampling", {"seed": seed})):
             mine[section] = {**mine.get(section, {}), **values}
         sampled = mine | {"sampling": mine["sampling"] | changed}
@@ -126,7 +130,9 @@ def read_study(given: Any) -> tuple[Study, list[Cell]]:
 
 
 def run(given: Any, workdir: Path) -> None:
-    """Does what is missing and prints the page."""
+    """Does what is missing and prints the page. ValueError, one line, for a config that is no study."""
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode=study: got {jax.process_count()} processes, wanted one")
     study, cells = read_study(given)
     with owned(workdir, "--workdir"):
         begin = time.time()
@@ -199,8 +205,9 @@ def _result(workdir: Path, study: Study, cell: Cell) -> dict[str, Any] | None:
 def page(study: Study, cells: Sequence[Cell], workdir: Path) -> str:
     """Markdown of all cells that are done: the score of every run against the baseline's, then the other values."""
     results = {cell: result for cell in cells if (result := _result(workdir, study, cell))}
-    names, others = list(study.runs), list(study.runs)[1:]
-    head = ["sampling", *names, *(f"{run} - {names[0]}" for run in others)]
+    others = [run for run in study.runs if run != study.baseline]
+    names = [study.baseline, *others]
+    head = ["sampling", *names, *(f"{run} - {study.baseline}" for run in others)]
     lines, better = [_row(head), _row(["---"] * len(head))], {run: [] for run in others}
     for changed in study.settings():
         here = {run: [r for c, r in results.items() if c.run == run and c.changed == changed] for run in names}
@@ -212,7 +219,7 @@ def page(study: Study, cells: Sequence[Cell], workdir: Path) -> str:
                 better[run].append(_spelled(changed))
         lines.append(_row([_spelled(changed), *numbers]))
     verdicts = [
-        f"{run} better than {names[0]} beyond the interval at: {', '.join(found) if found else 'none'}."
+        f"{run} better than {study.baseline} beyond the interval at: {', '.join(found) if found else 'none'}."
         for run, found in better.items()
     ]
     count = f"{len(results)} of {len(cells)} cells, {study.seeds} seeds"
@@ -226,12 +233,9 @@ def _rows(study: Study, result: Mapping[str, Any]) -> np.ndarray:
 
 def _pairs(study: Study, results: Mapping[Cell, Any], run: str, changed: Mapping[str, Any]) -> list[np.ndarray]:
     """Differences [N] between the samples of a run and the baseline's, for every seed that has both."""
-    baseline, found = next(iter(study.runs)), {}
-    for cell, result in results.items():
-        if cell.changed == changed and cell.run in (run, baseline):
-            found[cell.run, cell.seed] = _rows(study, result)
-    seeds = [seed for name, seed in found if name == run and (baseline, seed) in found]
-    return [found[run, seed] - found[baseline, seed] for seed in seeds]
+    found = {(c.run, c.seed): _rows(study, result) for c, result in results.items() if c.changed == changed}
+    seeds = [seed for name, seed in found if name == run and (study.baseline, seed) in found]
+    return [found[run, seed] - found[study.baseline, seed] for seed in seeds]
 
 
 def _over_seeds(rows: Sequence[np.ndarray]) -> tuple[float, float] | None:

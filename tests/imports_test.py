@@ -25,10 +25,10 @@ FLOORS = [
     ["smdlm.io"],
     ["smdlm.train"],
     ["smdlm.config"],
-    ["smdlm.convert"],
+    ["smdlm.convert", "smdlm.identity"],
     ["smdlm.build"],
     ["smdlm.experiment"],
-    ["smdlm", "smdlm.study"],
+    ["smdlm", "smdlm.library", "smdlm.study"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.

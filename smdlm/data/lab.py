@@ -290,7 +290,7 @@ class Sums:
         return self.lines[random.randint(0, len(self.lines), (count, length // self.period))].reshape(count, length)
 
     def pairs(self, symbols: np.ndarray) -> np.ndarray:
-        """The pair's number [N, L / period] of every line of sequences [N, L], true or not; -1 for an ill-formed one."""
+        """The number of the pair of every line [N, L / period], true or not; -1 for an ill-formed line."""
         lines = symbols.reshape(len(symbols), -1, self.period)
         digits = (lines >= 0) & (lines < 10)
         signs = self.lines[0] >= 10
