@@ -15,7 +15,7 @@ from smdlm.data.lab import LENGTHS, Markov, Sums, law, symbols_of
 from smdlm.data.sources import Lab
 from smdlm.data.text import load
 from smdlm.evaluate.base import Subject
-from smdlm.evaluate.lab import FLOOR, LabLikelihood, LabSamples, rows_of, values_of
+from smdlm.evaluate.lab import FLOOR, LabLikelihood, LabSamples, ideal_samples, rows_of, values_of
 from smdlm.files import write_json
 from smdlm.objective import SoftMaskedDiffusion
 
@@ -248,6 +248,17 @@ def test_the_ideal_bound_is_the_entropy_of_a_block():
     ideal = values["nats_per_token_ideal"]
     assert abs(ideal.mean - entropy) < ideal.interval < 0.15
     assert values["lab_gap_one_pass"].mean > 1 and "lab_gap_two_pass" not in values
+
+
+def test_an_ideal_denoiser_pays_for_few_steps_only():
+    chain = Markov(8, 1, 0)
+    excess = {}
+    for steps in (1, 4, 400):
+        values = values_of(chain, ids_of(chain, ideal_samples(chain, 256, 16, steps, seed=0)))
+        excess[steps] = values["lab_excess_nats"]
+    assert excess[1].mean > excess[4].mean + excess[4].interval > excess[400].mean + 0.1
+    assert abs(excess[400].mean) < 1.5 * excess[400].interval  # one token at a time: true samples
+    assert abs(values["lab_tv_2"].mean - values["lab_tv_2_true"].mean) < 2 * values["lab_tv_2_true"].interval
 
 
 def test_evaluators_need_a_known_law():

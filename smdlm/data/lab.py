@@ -207,16 +207,21 @@ class Markov:
             return np.log(self.stationary[contexts[:, 0]]) + steps.sum(1)
 
     def posterior(self, symbols: np.ndarray, masked: np.ndarray) -> np.ndarray:
-        """By forward and backward messages between the contexts; a visible symbol rules out all others."""
+        """By forward and backward messages between the contexts; a visible symbol rules out all others.
+
+        Where what is visible is impossible as a whole (a sampler can bring that about), the fewest impossible
+        transitions explain it.
+        """
         count, length = symbols.shape
+        moves = self.moves + 1e-30
         possible = masked[:, :, None] | (symbols[:, :, None] == np.arange(self.contexts) % self.symbols)
         normal = lambda message: message / message.sum(1, keepdims=True)
         before, after = np.empty((2, length, count, self.contexts))
-        before[0], after[-1] = self.stationary, 1
+        before[0], after[-1] = self.stationary + 1e-30, 1
         for t in range(1, length):
-            before[t] = normal(before[t - 1] * possible[:, t - 1]) @ self.moves
+            before[t] = normal(before[t - 1] * possible[:, t - 1]) @ moves
         for t in range(length - 1, 0, -1):
-            after[t - 1] = normal(after[t] * possible[:, t]) @ self.moves.T
+            after[t - 1] = normal(after[t] * possible[:, t]) @ moves.T
         contexts = (before * after * possible.swapaxes(0, 1)).swapaxes(0, 1)
         found = contexts.reshape(count, length, -1, self.symbols).sum(2)
         return found / found.sum(2, keepdims=True)
