@@ -101,6 +101,10 @@ def test_posterior_of_sums():
     np.testing.assert_allclose(p[5, :10], [0] * 3 + [1 / 7] * 7, atol=1e-6)
     np.testing.assert_allclose(p[11, :2], [0.55, 0.45], atol=1e-6)
     assert p[13, 12] == 1 and p[8, 10] == 1
+    line[0, 4] = sums.alphabet.index("1")  # 3+?=1? needs 7, 8 or 9
+    np.testing.assert_allclose(sums.posterior(line, masked)[0, 2, 7:10], 1 / 3, atol=1e-6)
+    line[0, 3] = sums.alphabet.index("7")  # no true line: what agrees with the most of it
+    assert np.isfinite(sums.posterior(line, masked)).all()
 
 
 def test_held_out_pairs_never_train():

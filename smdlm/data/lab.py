@@ -315,11 +315,12 @@ class Sums:
         return each.sum(1)
 
     def posterior(self, symbols: np.ndarray, masked: np.ndarray) -> np.ndarray:
-        """By counting: the pairs whose line agrees with all that is visible are equally likely."""
+        """By counting: the pairs that agree with all that is visible, or with the most of it, are equally likely."""
         size = len(self.alphabet)
         spell = lambda lines: (lines[:, :, None] == np.arange(size)).reshape(len(lines), -1).astype(np.float32)
         visible = np.where(masked, -1, symbols).reshape(-1, self.period)
         table = spell(self.lines)
-        agreeing = spell(visible) @ table.T == (visible >= 0).sum(1, keepdims=True)
+        agreements = spell(visible) @ table.T
+        agreeing = agreements == agreements.max(1, keepdims=True)
         found = agreeing.astype(np.float32) @ table / agreeing.sum(1, keepdims=True)
         return found.reshape(*symbols.shape, size)
