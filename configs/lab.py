@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
         baseline="binary",
         grids=dict(
             nfe=dict(count=512, steps=(8, 16, 32, 64)),
-            colder=dict(count=512, steps=64, temperature=0.9),
+            temperature=dict(count=512, steps=64, temperature=0.9),
         ),
         metrics="lab",
         score="lab_excess_nats",

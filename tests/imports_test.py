@@ -25,10 +25,12 @@ FLOORS = [
     ["smdlm.io"],
     ["smdlm.train"],
     ["smdlm.config"],
-    ["smdlm.convert", "smdlm.identity"],
-    ["smdlm.build"],
+    ["smdlm.convert"],
+    ["smdlm.build", "smdlm.identity"],
     ["smdlm.experiment"],
-    ["smdlm", "smdlm.library", "smdlm.study"],
+    ["smdlm.library"],
+    ["smdlm"],
+    ["smdlm.study"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.
