@@ -380,7 +380,7 @@ def test_a_killed_study_continues(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_soft_masking_brings_samples_nearer_to_the_truth(tmp_path):
-    """The effect of the paper at the size of a test: at a step per token, beyond the interval and by a tenth of a nat."""
+    """The effect of the paper at the size of a test: beyond the interval, and by a tenth of a nat per token."""
     config = lab_config.get_config()
     config.model.update(width=64, depth=2, heads=2)
     config.data.update(source="lab:markov:16:1:0", seq_len=32)
