@@ -196,7 +196,7 @@ def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ())
     Raises:
       ValueError: one line; unknown section or field, wrong type, value out of range, impossible combination.
     """
-    unknown = set(config) - set(SECTIONS)
+    unknown = set(config) - set(SECTIONS) - {"study"}  # that is for smdlm/study.py
     if unknown:
         raise ValueError(f"config: got section {sorted(unknown)}, wanted {', '.join(SECTIONS)}")
     given = {name: dict(config[name]) if name in config else {} for name in SECTIONS}

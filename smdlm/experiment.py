@@ -19,6 +19,7 @@ from absl import logging
 
 from smdlm.build import Experiment
 from smdlm.data.kept import save_tokenizer
+from smdlm.data.sources import Lab
 from smdlm.evaluate.base import Subject, Value, weights
 from smdlm.files import local_path
 from smdlm.identity import diverged
@@ -47,17 +48,24 @@ class Sampled:
 # ---------------------------------------------------------------------------------------------- evaluating, sampling
 
 
-def evaluate(experiment: Experiment, params: Any) -> dict[str, Value]:
-    """Every metric of config.eval for params (`restore` with eval.omega)."""
-    config = experiment.config.eval
-    subject = Subject(
+def subject(experiment: Experiment, params: Any) -> Subject:
+    """What the metrics see of an experiment with these weights."""
+    source = experiment.config.data.source
+    return Subject(
         objective=experiment.objective,
         params=params,
         token_bytes=experiment.vocabulary.token_bytes,
         batches=experiment.eval_batches,
         place=experiment.place,
+        sample=lambda: sample(experiment, params).ids,
+        law=source.law if isinstance(source, Lab) else None,
     )
-    return {name: value for metric in config.metrics for name, value in metric.run(subject).items()}
+
+
+def evaluate(experiment: Experiment, params: Any) -> dict[str, Value]:
+    """Every metric of config.eval for params (`restore` with eval.omega)."""
+    seen = subject(experiment, params)
+    return {name: value for metric in experiment.config.eval.metrics for name, value in metric.run(seen).items()}
 
 
 def described_weights(omega: str) -> str:

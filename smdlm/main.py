@@ -1,6 +1,6 @@
 """Command line:
 
-    python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample] [--config.x.y=z]
+    python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample|study] [--config.x.y=z]
 
 Running the same command again continues an unfinished run and prints the summary of a finished one. On several hosts
 the same command runs on each, with --distributed and a workdir that all of them see.
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from smdlm import command, experiment, identity, startup
+from smdlm import command, experiment, identity, startup, study
 from smdlm.build import assemble, build
 from smdlm.config import Config
 from smdlm.data.kept import tokenizer_of_run
@@ -30,7 +30,7 @@ from smdlm.io.writer import Writer, unused_name
 def define_flags() -> None:
     command.define_config()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
-    flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "train includes the final eval and samples.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "study"], "train ends with an eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
     flags.DEFINE_bool("distributed", False, "One of several processes, each started with this command.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
@@ -45,6 +45,8 @@ def main() -> None:
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
     if given.mode != "eval":
         command.check_folder("--workdir", workdir)
+    if given.mode == "study":
+        return study.run(given.config, workdir)
     snapshot = json.loads(given.config.to_json_best_effort())
     startup.meet(workdir, config=snapshot, mode=given.mode)
     checkpointer = experiment.checkpointer_of(workdir, keep=config.train.keep)

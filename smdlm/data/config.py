@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smdlm.data.readers import printable
-from smdlm.data.sources import SOURCES, Source, own_fields
+from smdlm.data.sources import SOURCES, Lab, Source, own_fields
 from smdlm.data.tokenizer import check_spec
 from smdlm.files import local_path
 
@@ -67,6 +67,8 @@ class DataConfig:
         smallest = 3 if self.framing == "bos_eos" else 2
         if self.seq_len < smallest:
             raise ValueError(f"data.seq_len: got {self.seq_len}, wanted at least {smallest} with {self.framing!r}")
+        if isinstance(self.source, Lab):
+            self.source.check(self.tokenizer, self.framing, self.seq_len)
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size: got {self.batch_size}, wanted at least 1")
         if not 0 < self.val_fraction < 1:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from smdlm.data import corpus
+from smdlm.data import corpus, lab
 from smdlm.data.readers import matching_files, printable, read_records, read_text, sizes
 from smdlm.files import local_path, one_line
 
@@ -189,7 +189,38 @@ class Tfds:
         return " ".join(f"{self.name}/{name}:{len(examples)}" for _, name, examples in self._open())
 
 
-SOURCES: dict[str, type[Source]] = {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "tfds": Tfds}
+@dataclass(frozen=True)
+class Lab:
+    """Text of a known distribution: 'markov:SYMBOLS:ORDER:SEED' or 'sums:DIGITS:SEED' (`smdlm.data.lab`)."""
+
+    spec: str
+
+    def __post_init__(self):
+        lab.law(self.spec)
+
+    @property
+    def law(self) -> lab.Law:
+        return lab.law(self.spec)
+
+    def documents(self) -> Iterator[Document]:
+        for split in ("train", "val"):
+            yield Document(f"{self.spec}/{split}", functools.partial(self.law.text, split), split)
+
+    def identity(self) -> str:
+        return self.spec
+
+    def check(self, tokenizer: str, framing: str, seq_len: int) -> None:
+        """ValueError unless every token of a block is a symbol, and a block begins where the law does."""
+        for name, got, wanted in (("tokenizer", tokenizer, "bytes"), ("framing", framing, "stream")):
+            if got != wanted:
+                raise ValueError(f"data.{name}: got {got!r} for 'lab:{self.spec}', wanted {wanted!r}")
+        if seq_len % self.law.period:
+            raise ValueError(
+                f"data.seq_len: got {seq_len} for 'lab:{self.spec}', wanted a multiple of {self.law.period} (a line)"
+            )
+
+
+SOURCES: dict[str, type[Source]] = {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "tfds": Tfds, "lab": Lab}
 
 
 def text_of(record: Any, field: str, name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from smdlm.data.lab import Law
 from smdlm.objective import Objective
 
 NORMAL_95 = 1.96  # half-width of a 95 % interval in standard errors
@@ -44,6 +45,8 @@ class Subject:
       batches: (blocks, batch size) -> {'tokens' [B, L] i32, 'valid' [B] bool}, once through the first blocks of the
         validation split.
       place: puts host arrays that every process holds whole on the devices.
+      sample: ids [N, L] i32 of sampling.count texts, drawn as config.sampling says; None where nothing samples.
+      law: the true distribution of the data where it is known (`lab:...`), else None.
     """
 
     objective: Objective
@@ -51,6 +54,8 @@ class Subject:
     token_bytes: np.ndarray
     batches: Callable[[int, int], Iterable[Mapping[str, np.ndarray]]]
     place: Callable[[Any], Any] = lambda x: x
+    sample: Callable[[], np.ndarray] | None = None
+    law: Law | None = None
 
 
 class Evaluator(Protocol):
