@@ -26,9 +26,11 @@ FLOORS = [
     ["smdlm.train"],
     ["smdlm.config"],
     ["smdlm.convert"],
-    ["smdlm.build"],
+    ["smdlm.build", "smdlm.identity"],
     ["smdlm.experiment"],
+    ["smdlm.library"],
     ["smdlm"],
+    ["smdlm.score"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.

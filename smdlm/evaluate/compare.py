@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from smdlm.evaluate.base import Value
 from smdlm.evaluate.record import Record, read_record
@@ -24,9 +24,16 @@ NO_PAIRS = "*"  # marks a difference whose interval is that of two separate meas
 
 
 class Entry(NamedTuple):
+    """A record, the name of its run for tables, and its file."""
+
     run: str
     file: str
     record: Record
+
+    @property
+    def names(self) -> list[str]:
+        """Of its values."""
+        return [name for values in self.record.values.values() for name in values]
 
 
 def compare(arguments: Sequence[str], only: Sequence[str], style: str) -> str:
@@ -43,26 +50,28 @@ def compare(arguments: Sequence[str], only: Sequence[str], style: str) -> str:
         raise ValueError(
             f"compare: got {len(arguments)} results, wanted two workdirs or results/*.json or more: --mode=compare A B"
         )
-    runs = [_entries(argument) for argument in arguments]
+    runs = [entries(argument) for argument in arguments]
     everything = [entry for run in runs for entry in run]
-    known = list(dict.fromkeys(n for e in everything for values in e.record.values.values() for n in values))
+    known = list(dict.fromkeys(name for entry in everything for name in entry.names))
     if unknown := [name for name in only if name not in known]:
         raise ValueError(f"--only: got {', '.join(unknown)}, wanted some of {', '.join(known)}")
-    names = list(only) or known
-    groups = _alike(runs, names)
+    groups = _alike(runs, list(only) or known)
     left_out = [e for e in everything if not any(e in group for group in groups)]
-    rows = [row for group in groups for row in _rows(group, names)]
-    header = ["run", "protocol", "NFE", "forwards", *names]
+    columns: dict[tuple[str, ...], list[list[Entry]]] = {}  # likelihoods and samples are tables of their own
+    for group in groups:
+        shown = tuple(n for n in only or known if any(entry.record.value(n) for entry in group))
+        columns.setdefault(shown, []).append(group)
     if style == "csv":
-        return _csv(header, rows)
-    lines = [_markdown(header, rows), "", "± is a 95 % interval; differences are over pairs of samples"]
-    if any(NO_PAIRS in cell for row in rows for cell in row):
-        lines[-1] += f", those with {NO_PAIRS} over the two values apart"
-    lines += [f"left out, the others have no counterpart: {e.file}" for e in left_out]
-    return "\n".join(lines)
+        return _csv(columns)
+    lines = [f"{table(some, names)}\n" for names, some in columns.items()]
+    note = "± is a 95 % interval; differences are over pairs of samples"
+    if any(NO_PAIRS in line for line in lines):
+        note += f", those with {NO_PAIRS} over the two values apart"
+    return "\n".join([*lines, note, *(f"left out, the others have no counterpart: {e.file}" for e in left_out)])
 
 
-def _entries(argument: str) -> list[Entry]:
+def entries(argument: str) -> list[Entry]:
+    """The results of a workdir, or one result. FileNotFoundError if there is none."""
     path = local_path("compare", argument)
     found = sorted((path / "results").glob("*.json")) if path.is_dir() else [path]
     if not found or not all(file.is_file() for file in found):
@@ -72,13 +81,19 @@ def _entries(argument: str) -> list[Entry]:
 
 
 def _alike(runs: Sequence[Sequence[Entry]], names: Sequence[str]) -> list[list[Entry]]:
-    """Groups of one entry per run that were measured alike; ValueError if there is none."""
-    keyed = [{json.dumps(e.record.conditions(names), sort_keys=True): e for e in run} for run in runs]
+    """Groups of one entry per run that were measured alike, of entries with any of the named values.
+
+    Raises:
+      ValueError: there is no group, or a run has two results that would fit.
+    """
+    keyed = [_by_conditions([e for e in run if set(names) & set(e.names)], names) for run in runs]
     shared = [key for key in keyed[0] if all(key in run for run in keyed)]
     if shared:
         return [[run[key] for run in keyed] for key in shared]
-    pairs = [(a, b) for other in runs[1:] for a in runs[0] for b in other]
+    pairs = [(a, b) for other in keyed[1:] for a in keyed[0].values() for b in other.values()]
     unlike = [(a, b, d) for a, b in pairs if (d := differences(a.record, b.record, names))]
+    if not unlike:
+        raise ValueError(f"compare: got a run without {', '.join(names)}, wanted them in all: --mode=score measures it")
     a, b, fields = min(unlike, key=lambda found: len(found[2]))
     common = [n for n in names if a.record.value(n) and b.record.value(n) and not differences(a.record, b.record, [n])]
     hint = f"--only={','.join(common)} compares what is alike" if common else "nothing in them is alike"
@@ -86,6 +101,19 @@ def _alike(runs: Sequence[Sequence[Entry]], names: Sequence[str]) -> list[list[E
         f"compare: got unlike protocols, {a.file} and {b.file} differ in "
         f"{'; '.join(f'{name} ({x!r}, {y!r})' for name, (x, y) in fields.items())}; wanted one protocol: {hint}"
     )
+
+
+def _by_conditions(found: Sequence[Entry], names: Sequence[str]) -> dict[str, Entry]:
+    keyed: dict[str, Entry] = {}
+    for entry in found:
+        key = json.dumps(entry.record.conditions(names), sort_keys=True)
+        if key in keyed:
+            raise ValueError(
+                f"compare: got two results of one protocol, {keyed[key].file} and {entry.file}, wanted one of a run: "
+                "name the file in place of the workdir"
+            )
+        keyed[key] = entry
+    return keyed
 
 
 def differences(a: Record, b: Record, names: Sequence[str]) -> dict[str, tuple]:
@@ -102,47 +130,70 @@ def differences(a: Record, b: Record, names: Sequence[str]) -> dict[str, tuple]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _rows(group: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
-    rows = []
-    for entry in group:
-        about, protocol = entry.record.about, entry.record.protocol
-        facts = [str(protocol["name"]), _known(about.get("nfe")), _known(about.get("forwards"))]
-        rows.append([entry.run, *facts, *(_cell(entry.record.value(name)) for name in names)])
-    for entry in group[1:]:
-        cells = [_difference(group[0].record.value(name), entry.record.value(name)) for name in names]
-        rows.append([f"{entry.run} - {group[0].run}", "", "", "", *cells])
-    return rows
-
-
-def _known(number: float | None) -> str:
-    return "" if number is None else f"{number:g}"
-
-
-def _cell(value: Value | None) -> str:
-    if value is None:
-        return ""
-    return f"{value.mean:.4g}" + ("" if value.interval is None else f" ± {value.interval:.2g}")
-
-
-def _difference(a: Value | None, b: Value | None) -> str:
-    if a is None or b is None:
-        return ""
-    if isinstance(a, Ratio) and isinstance(b, Ratio) and len(a.amounts) == len(b.amounts):
-        mean, interval = paired(a, b)
-        return f"{mean:+.4g} ± {interval:.2g}"
-    apart = None if a.interval is None or b.interval is None else np.hypot(a.interval, b.interval)
-    return f"{b.mean - a.mean:+.4g}" + (NO_PAIRS if apart is None else f" ± {apart:.2g}{NO_PAIRS}")
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned, so that it reads as plain text too."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)) + " |" for row in cells]
+def table(groups: Sequence[Sequence[Entry]], names: Sequence[str]) -> str:
+    """Markdown, aligned so that it reads as plain text too: a row per run, and below those of a group the differences
+    to its first run."""
+    rows = [["run", "protocol", "NFE", "forwards", *names]]
+    for first, *others in groups:
+        rows += [_facts(entry) + [_cell(entry.record.value(name)) for name in names] for entry in (first, *others)]
+        for entry in others:
+            found = [difference(first.record.value(name), entry.record.value(name)) for name in names]
+            rows.append([f"{entry.run} - {first.run}", "", "", "", *map(_difference_cell, found)])
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in wide) + "|", *lines[1:]])
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _csv(columns: Mapping[tuple[str, ...], Sequence[Sequence[Entry]]]) -> str:
+    """A line per run and value, numbers in full."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    lines = csv.writer(out, lineterminator="\n")
+    columns = "run protocol nfe forwards value unit mean interval difference difference_interval paired"
+    lines.writerow(columns.split())
+    for names, groups in columns.items():
+        for group in groups:
+            for entry, name in itertools.product(group, names):
+                if (value := entry.record.value(name)) is None:
+                    continue
+                found = None if entry is group[0] else difference(group[0].record.value(name), value)
+                lines.writerow([*_facts(entry), name, value.unit, value.mean, value.interval, *(found or ["", "", ""])])
     return out.getvalue().rstrip("\n")
+
+
+def _facts(entry: Entry) -> list[str]:
+    about = entry.record.about
+    numbers = ["" if about.get(name) is None else f"{about[name]:g}" for name in ("nfe", "forwards")]
+    return [entry.run, str(entry.record.protocol["name"]), *numbers]
+
+
+class Difference(NamedTuple):
+    """mean: of the other minus the first. interval: half-width at 95 %, of the pairs of samples if `paired`."""
+
+    mean: float
+    interval: float | None
+    paired: bool
+
+
+def difference(first: Value | None, other: Value | None) -> Difference | None:
+    """None where one of them was not measured."""
+    if first is None or other is None:
+        return None
+    if isinstance(first, Ratio) and isinstance(other, Ratio) and len(first.amounts) == len(other.amounts):
+        return Difference(*paired(first, other), True)
+    known = first.interval is not None and other.interval is not None
+    return Difference(other.mean - first.mean, math.hypot(first.interval, other.interval) if known else None, False)
+
+
+def _cell(value: Value | None) -> str:
+    return "" if value is None else f"{value.mean:.4g}{_plus_minus(value.interval)}"
+
+
+def _difference_cell(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:+.4g}{_plus_minus(found.interval)}{'' if found.paired else NO_PAIRS}"
+
+
+def _plus_minus(interval: float | None) -> str:
+    return "" if interval is None else f" ± {interval:.2g}"

@@ -7,7 +7,6 @@ The same model has been quoted from 40 to 109 generative perplexity: every numbe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from smdlm.evaluate.genppl import GenerativePerplexity, Scorer
@@ -82,13 +81,21 @@ class Protocol:
         return {**fields, "weights": "ema", "draw": DRAW, "noise_removal": NOISE_REMOVAL}
 
     def check(self, samples: Samples) -> None:
-        """ValueError, one line, unless there are as many samples of such a length as the protocol says."""
+        """ValueError, one line, unless there are as many samples, of such a length, drawn as the protocol says."""
         if len(samples) != self.samples:
             raise ValueError(f"protocol {self.name}: got {len(samples)} samples, wanted {self.samples}")
         if samples.ids.shape[1] != self.length:
             raise ValueError(
                 f"protocol {self.name}: got samples of {samples.ids.shape[1]} tokens, wanted {self.length}: samples of "
                 "another run or protocol"
+            )
+        wanted = {name: value for name, value in self.sampling().items() if name not in ("count", "seed")}
+        found = {name: samples.settings.get(name, value) for name, value in wanted.items()}
+        wrong = [name for name in wanted if found[name] != wanted[name]]
+        if wrong:
+            raise ValueError(
+                f"protocol {self.name}: got samples drawn with {', '.join(f'{n} {found[n]!r}' for n in wrong)}, wanted "
+                f"{', '.join(f'{n} {wanted[n]!r}' for n in wrong)}"
             )
 
     def metrics(self, scorer: Scorer | None, reference: Samples | None) -> dict[str, SampleMetric]:
@@ -136,12 +143,8 @@ PRESETS: dict[str, Protocol] = {
 }  # fmt: skip
 
 
-def preset(name: str, changes: Mapping[str, Any]) -> Protocol:
-    """A preset; only `steps` may be given another value (a point of its curve over NFE), and `samples`, to try it out.
-
-    Raises:
-      ValueError: one line; unknown name.
-    """
+def preset(name: str, steps: int | None = None) -> Protocol:
+    """A preset, at another NFE if one is given: a point of its curve. ValueError, one line, for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"protocol: got {name!r}, wanted one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[name], **changes)
+    return PRESETS[name] if steps is None else dataclasses.replace(PRESETS[name], steps=steps)

@@ -68,12 +68,14 @@ class Samples:
       texts: N texts. ids: [N, L] i32 tokens of the model that wrote them.
       tokenizer: fingerprint of its tokenizer, '' if unknown.
       cache: folder where slow metrics keep what they have computed, None for nowhere.
+      settings: of the sampler, as the file tells; {} if unknown.
     """
 
     texts: tuple[str, ...]
     ids: np.ndarray
     tokenizer: str = ""
     cache: Path | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -120,7 +122,8 @@ def read_samples(path: Path, tokenizer: str = "", cache: Path | None = None) -> 
         raise ValueError(f"{path}: got samples of {lengths[0]} to {lengths[-1]} tokens, wanted one length")
     # JSON can spell lone surrogates, which UTF-8 and tokenizers refuse
     texts = tuple(record["text"].encode("utf-8", errors="replace").decode("utf-8") for record in records)
-    return Samples(texts, np.array([record["ids"] for record in records], np.int32), tokenizer, cache)
+    ids = np.array([record["ids"] for record in records], np.int32)
+    return Samples(texts, ids, tokenizer, cache, records[0].get("settings", {}))
 
 
 def _lines(path: Path) -> list[bytes]:
