@@ -57,13 +57,13 @@ def compare(arguments: Sequence[str], only: Sequence[str], style: str) -> str:
         raise ValueError(f"--only: got {', '.join(unknown)}, wanted some of {', '.join(known)}")
     groups = _alike(runs, list(only) or known)
     left_out = [e for e in everything if not any(e in group for group in groups)]
-    columns: dict[tuple[str, ...], list[list[Entry]]] = {}  # likelihoods and samples are tables of their own
+    tables: dict[tuple[str, ...], list[list[Entry]]] = {}  # likelihoods and samples are tables of their own
     for group in groups:
         shown = tuple(n for n in only or known if any(entry.record.value(n) for entry in group))
-        columns.setdefault(shown, []).append(group)
+        tables.setdefault(shown, []).append(group)
     if style == "csv":
-        return _csv(columns)
-    lines = [f"{table(some, names)}\n" for names, some in columns.items()]
+        return _csv(tables)
+    lines = [f"{table(some, names)}\n" for names, some in tables.items()]
     note = "± is a 95 % interval; differences are over pairs of samples"
     if any(NO_PAIRS in line for line in lines):
         note += f", those with {NO_PAIRS} over the two values apart"
@@ -145,13 +145,12 @@ def table(groups: Sequence[Sequence[Entry]], names: Sequence[str]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in wide) + "|", *lines[1:]])
 
 
-def _csv(columns: Mapping[tuple[str, ...], Sequence[Sequence[Entry]]]) -> str:
+def _csv(tables: Mapping[tuple[str, ...], Sequence[Sequence[Entry]]]) -> str:
     """A line per run and value, numbers in full."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    columns = "run protocol nfe forwards value unit mean interval difference difference_interval paired"
-    lines.writerow(columns.split())
-    for names, groups in columns.items():
+    lines.writerow("run protocol nfe forwards value unit mean interval difference difference_interval paired".split())
+    for names, groups in tables.items():
         for group in groups:
             for entry, name in itertools.product(group, names):
                 if (value := entry.record.value(name)) is None:

@@ -74,8 +74,8 @@ LM1B: list[Rule] = [
 LAMBADA: list[Rule] = [
     ("\N{LEFT DOUBLE QUOTATION MARK}", '"'),
     ("\N{RIGHT DOUBLE QUOTATION MARK}", '"'),
-    (re.compile(r"\A\s*"), "\n"),
     (re.compile(r"\s+\Z"), ""),
+    (re.compile(r"\A\s*"), "\n"),
 ]
 
 RULES: dict[str, list[Rule]] = {
