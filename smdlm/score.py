@@ -41,6 +41,7 @@ from smdlm.io.checkpoint import MANIFEST, Checkpointer
 def define_flags() -> None:
     """Those of --mode=score, zeroshot and compare."""
     flags.DEFINE_enum("protocol", "tiny", list(PRESETS), "score: how samples are drawn and measured.")
+    flags.DEFINE_list("also", [], "score: metrics beside the protocol's, e.g. code.")
     flags.DEFINE_integer("nfe", None, "score: nominal NFE, in place of the protocol's.", lower_bound=1)
     flags.DEFINE_string("samples", None, "score: a .jsonl of samples that are there, in place of drawing them.")
     flags.DEFINE_string("scorer", None, "score: workdir of the causal model that judges, trained or converted.")
@@ -82,6 +83,7 @@ def run(found: Run, given: Any) -> None:
         files = zero_shot(found, given.sets)
     else:
         chosen = preset(given.protocol, given.nfe)
+        chosen = dataclasses.replace(chosen, also=(*chosen.also, *given.also))
         there = given.samples and local_path("--samples", given.samples)
         files = [score(found, chosen, given.scorer, given.scorer_config, there)]
     for file in files:
@@ -104,14 +106,14 @@ def score(
     config = found.config
     protocol = protocol.filled(config.data.seq_len, config.sampling.steps, config.data.tokenizer)
     judge = load_scorer(scorer, scorer_config) if scorer and protocol.scorer != "" else None
-    protocol.metrics(judge, None)  # the right scorer?
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **protocol.sampling()))
     sampler = {name: getattr(config.sampling, name) for name in ("use_feedback", "feedback_source")}
     policy = {"name": type(config.sampling.policy).__name__, **dataclasses.asdict(config.sampling.policy)}
     drawn = {"protocol": protocol.drawn(), "sampler": {**sampler, "policy": policy}, "checkpoint": found.checkpoint()}
     stem = f"{protocol.name}-nfe{protocol.steps}-{_digest(drawn)}"
     file = there or found.workdir / "samples" / f"{stem}.jsonl"
-    judged = [judge and judge.identity, protocol.bos, protocol.eos, protocol.truncate, there and str(there.absolute())]
+    judged = {name: facts(metric) for name, metric in protocol.metrics(judge, None).items()}
+    judged["samples"] = {"there": read_samples(there).identity if there else None}
     result = found.workdir / "results" / f"{stem}-{_digest(judged)}.json"
     if result.exists():
         return result

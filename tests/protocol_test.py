@@ -68,7 +68,12 @@ def test_metrics_of_a_protocol():
     protocol = dataclasses.replace(SMALL, bos=True, eos="stop", truncate=7)
     with_text = protocol.metrics(scorer, samples())
     assert set(with_text) == {"generative_perplexity", "mauve", "distinct", "repetition", "blank"}
-    assert set(with_text) <= set(SAMPLE_METRICS)
+    more = dataclasses.replace(protocol, also=("code", "entropy")).metrics(scorer, None)
+    assert {name: type(more[name]) for name in ("code", "entropy")} == {
+        n: SAMPLE_METRICS[n] for n in ("code", "entropy")
+    }
+    with pytest.raises(ValueError, match="--also: got mauve, wanted some of entropy"):
+        dataclasses.replace(protocol, also=("mauve",))
     judged = with_text["generative_perplexity"]
     assert (judged.bos, judged.eos, judged.truncate) == (True, "stop", 7)
     assert "mauve" not in protocol.metrics(scorer, None)

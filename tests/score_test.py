@@ -160,6 +160,7 @@ def test_bad_samples_leave_no_result(runs, result, fresh, tmp_path, change, said
     text = "".join(json.dumps(row) + "\n" for row in (rows if change is None else change(rows)))
     file.write_text(text[:-20] if change is None else text)
     assert said in refused(score.score, fresh, SMALL, runs[1], there=file)
+    assert "got no file" in refused(score.score, fresh, SMALL, runs[1], there=tmp_path / "no.jsonl")
     assert not (fresh.workdir / "results").exists()
 
 
@@ -202,10 +203,18 @@ def test_a_set_that_is_not_there_or_empty_leaves_nothing(fresh, tmp_path):
 def test_flags_reach_the_measurement(runs, monkeypatch, capsys, result):
     asked = []
     monkeypatch.setattr(score, "score", lambda *arguments: asked.append(arguments) or result)
-    flags = {"mode": "score", "protocol": "lab", "nfe": 7, "scorer": "J", "scorer_config": "C", "samples": None}
+    flags = {
+        "mode": "score",
+        "protocol": "lab",
+        "nfe": 7,
+        "scorer": "J",
+        "scorer_config": "C",
+        "samples": None,
+        "also": ["code"],
+    }
     score.run(runs[0], types.SimpleNamespace(**flags))
     ((_, protocol, *rest),) = asked
-    assert (protocol.name, protocol.steps, rest) == ("lab", 7, ["J", "C", None])
+    assert (protocol.name, protocol.steps, rest) == ("lab", 7, ["J", "C", None]) and "code" in protocol.also
     out = capsys.readouterr().out
     assert "generative_perplexity" in out.splitlines()[0] and "sample_entropy" in out.splitlines()[0]
     assert str(result) in out and "scored by judge" in out

@@ -1,16 +1,13 @@
-"""Metrics by name: those of a model and validation data (config.eval.metrics), and those of samples."""
+"""Metrics by name: those of a model and validation data (config.eval.metrics), and those of samples (Protocol.also)."""
 
 from smdlm.evaluate.base import Evaluator
-from smdlm.evaluate.genppl import GenerativePerplexity
 from smdlm.evaluate.likelihood import Likelihood
-from smdlm.evaluate.mauve import Mauve
 from smdlm.evaluate.samples import SampleMetric
 from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, Repetition
 
 EVALUATORS: dict[str, type[Evaluator]] = {"likelihood": Likelihood}
+# Those that need samples alone; generative perplexity and MAUVE, which need a scorer, are made by the protocol.
 SAMPLE_METRICS: dict[str, type[SampleMetric]] = {
-    "generative_perplexity": GenerativePerplexity,
-    "mauve": Mauve,
     "entropy": Entropy,
     "distinct": Distinct,
     "repetition": Repetition,

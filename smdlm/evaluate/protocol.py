@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from smdlm.evaluate import SAMPLE_METRICS
 from smdlm.evaluate.genppl import GenerativePerplexity, Scorer
 from smdlm.evaluate.mauve import Mauve
 from smdlm.evaluate.samples import SampleMetric, Samples
-from smdlm.evaluate.text import Blank, Distinct, Entropy, Repetition
 
 # What the program does in one way only; part of every protocol, because other programs do it otherwise.
 DRAW = "inverse CDF, uniforms to 2^-56"
@@ -32,6 +32,7 @@ class Protocol:
       tokenizer: spec of the model's.
       scorer: name (folder) of the model that judges, None for the one that is given, '' for none.
       bos, eos, truncate: of GenerativePerplexity.
+      also: of SAMPLE_METRICS, measured beside what the scorer says.
     """
 
     name: str
@@ -51,6 +52,11 @@ class Protocol:
     bos: bool = False
     eos: str = "first"
     truncate: int = 0
+    also: tuple[str, ...] = ("distinct", "repetition", "blank")
+
+    def __post_init__(self):
+        if unknown := [name for name in self.also if name not in SAMPLE_METRICS]:
+            raise ValueError(f"--also: got {', '.join(unknown)}, wanted some of {', '.join(SAMPLE_METRICS)}")
 
     def filled(self, length: int, steps: int, tokenizer: str) -> Protocol:
         """The protocol with what it leaves open taken from a run.
@@ -76,7 +82,7 @@ class Protocol:
     def drawn(self) -> dict[str, Any]:
         """How samples are drawn, for a record: every field but those of the scorer, which are facts of the metrics."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("scorer", "bos", "eos", "truncate"):
+        for name in ("scorer", "bos", "eos", "truncate", "also"):
             del fields[name]
         return {**fields, "weights": "ema", "draw": DRAW, "noise_removal": NOISE_REMOVAL}
 
@@ -104,9 +110,9 @@ class Protocol:
         Raises:
           ValueError: one line; no scorer, or another one.
         """
-        plain: dict[str, SampleMetric] = {"distinct": Distinct(), "repetition": Repetition(), "blank": Blank()}
+        plain = {name: SAMPLE_METRICS[name]() for name in self.also}
         if self.scorer == "":
-            return {"entropy": Entropy(), **plain}
+            return {"entropy": SAMPLE_METRICS["entropy"](), **plain}
         if scorer is None or self.scorer not in (None, scorer.name):
             raise ValueError(
                 f"protocol {self.name}: got scorer {scorer and scorer.name}, wanted {self.scorer or 'one'}: "
