@@ -17,22 +17,26 @@ from smdlm.files import local_path, plain_output
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
+MODES = ["train", "eval", "sample", "study", "score", "zeroshot", "compare"]  # of smdlm.main
 
 
 def run(
-    main: Callable[[], None], define_flags: Callable[[], None], check_flags: Callable[[], None] = lambda: None
+    main: Callable[..., None], define_flags: Callable[[], None], check_flags: Callable[[], None] = lambda: None
 ) -> None:
     """The program behind a command line; does not return.
 
     define_flags defines its absl flags, check_flags looks at them. A mistake in a flag, and what `main` raises of
     ValueError, OSError, ImportError, ArithmeticError and RuntimeError of our own, is one line and exit status 2.
+    `main` is given the arguments that are no flags, which only modes without an experiment have.
     """
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
-            check_config_file(argv)
+            if not (takes_results := reads_results(argv)):
+                check_config_file(argv)
+            flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind arguments
             rest = flags.FLAGS(argv)
-            if len(rest) > 1:
+            if len(rest) > 1 and not takes_results:
                 raise ValueError(f"arguments: got {rest[1:]}, wanted only --flags")
             check_flags()
             return rest
@@ -40,9 +44,9 @@ def run(
             fail(error)
             raise
 
-    def guarded(_: Sequence[str]) -> None:
+    def guarded(argv: Sequence[str]) -> None:
         try:
-            main()
+            main(*argv[1:])
         except KeyboardInterrupt:
             print("stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)
@@ -91,6 +95,14 @@ def define_config() -> None:
     )
 
 
+def define_processes() -> None:
+    """What startup.join_if needs to know where the cluster does not tell it."""
+    flags.DEFINE_bool("distributed", False, "One of several processes, each started with this command.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
+    flags.DEFINE_integer("num_processes", None, "Where the cluster does not tell.")
+    flags.DEFINE_integer("process_id", None, "0 .. num_processes - 1, where the cluster does not tell.")
+
+
 def read_config() -> Any:
     """--config as `smdlm.config.Config`."""
     from smdlm.config import read
@@ -124,12 +136,22 @@ def load_config(path: str | os.PathLike) -> Any:
         ) from error
 
 
+def reads_results(argv: Sequence[str]) -> bool:
+    """Whether it is --mode=compare A B: no experiment, no --config, and arguments that are no flags."""
+    return given_as("mode", argv)[-1:] == ["compare"]
+
+
+def given_as(flag: str, argv: Sequence[str]) -> list[str]:
+    """The values of --flag=VALUE and --flag VALUE, before absl has parsed anything."""
+    names = [text.partition("=") for text in argv]
+    pairs = zip(names, [*argv[1:], ""], strict=True)
+    return [value or following for (name, _, value), following in pairs if name in (f"--{flag}", f"-{flag}")]
+
+
 def check_config_file(argv: Sequence[str]) -> None:
     """ValueError without a config file that exists; before ml_collections fails with a text that does not name it."""
-    names = [flag.partition("=") for flag in argv]
-    given = [value or following for (name, _, value), following in zip(names, [*argv[1:], ""], strict=True)
-             if name in ("--config", "-config")]  # fmt: skip
-    if any(name.startswith("--help") for name, _, _ in names):
+    given = given_as("config", argv)
+    if any(flag.startswith("--help") for flag in argv):
         return
     if not given or not Path(given[-1].partition(":")[0]).is_file():
         got = given[-1] if given else "nothing"

@@ -1,6 +1,7 @@
 """Command line:
 
     python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample|study] [--config.x.y=z]
+    .. --mode=score --protocol=tiny --scorer=DIR | .. --mode=zeroshot --sets=NAME=text:FILE,.. | --mode=compare A B ..
 
 Running the same command again continues an unfinished run and prints the summary of a finished one. On several hosts
 the same command runs on each, with --distributed and a workdir that all of them see.
@@ -12,15 +13,15 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 
-from smdlm import command, experiment, identity, startup, study
+from smdlm import command, experiment, identity, score, startup, study
 from smdlm.build import assemble, build
 from smdlm.config import Config
 from smdlm.data.kept import tokenizer_of_run
+from smdlm.evaluate.compare import compare
 from smdlm.files import local_path, owned
 from smdlm.io import report
 from smdlm.io.checkpoint import Checkpointer
@@ -29,17 +30,18 @@ from smdlm.io.writer import Writer, unused_name
 
 def define_flags() -> None:
     command.define_config()
+    score.define_flags()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
-    flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "study"], "train ends with an eval and samples.")
+    flags.DEFINE_enum("mode", "train", command.MODES, "train includes the final eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
-    flags.DEFINE_bool("distributed", False, "One of several processes, each started with this command.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
-    flags.DEFINE_integer("num_processes", None, "Where the cluster does not tell.")
-    flags.DEFINE_integer("process_id", None, "0 .. num_processes - 1, where the cluster does not tell.")
+    command.define_processes()
 
 
-def main() -> None:
-    given, config = flags.FLAGS, command.read_config()
+def main(*results: str) -> None:
+    given = flags.FLAGS
+    if given.mode == "compare":
+        return print(compare(results, given.only, given.format))
+    config = command.read_config()
     workdir = local_path("--workdir", given.workdir or f"runs/{command.config_name()}")
     startup.prepare(workdir.parent / "compiled")
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
@@ -56,6 +58,8 @@ def main() -> None:
         raise FileNotFoundError(
             f"{given.mode}: got no checkpoint in {checkpointer.directory}, wanted a trained run: --mode=train first"
         )
+    elif given.mode in ("score", "zeroshot"):
+        score.run(score.Run(workdir, config, snapshot, checkpointer), given)
     elif given.mode == "eval":
         _evaluate(config, workdir, checkpointer)
     else:
@@ -63,9 +67,7 @@ def main() -> None:
     checkpointer.close()
 
 
-def _train(
-    config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: dict[str, Any], overwrite: bool
-) -> None:
+def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: dict, overwrite: bool) -> None:
     chief = jax.process_index() == 0
     if not overwrite:
         identity.check_same_run(workdir, checkpointer, config)

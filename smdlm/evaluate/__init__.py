@@ -1,11 +1,21 @@
-"""Metrics by the names that config.eval.metrics gives them."""
+"""Metrics by name: those of a model and validation data (config.eval.metrics), and those of samples (Protocol.also)."""
 
 from smdlm.evaluate.base import Evaluator
 from smdlm.evaluate.lab import LabLikelihood, LabSamples
 from smdlm.evaluate.likelihood import Likelihood
+from smdlm.evaluate.samples import SampleMetric
+from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, Repetition
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "likelihood": Likelihood,
     "lab": LabSamples,
     "lab_likelihood": LabLikelihood,
+}
+# Those that need samples alone; generative perplexity and MAUVE, which need a scorer, are made by the protocol.
+SAMPLE_METRICS: dict[str, type[SampleMetric]] = {
+    "entropy": Entropy,
+    "distinct": Distinct,
+    "repetition": Repetition,
+    "blank": Blank,
+    "code": Code,
 }
