@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -14,17 +15,30 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write(path: str | os.PathLike, content: bytes | str) -> None:
-    """Writes a file whole or not at all, under a temporary name that is renamed; makes its folder. OSError."""
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name for a file or a folder, made by the caller and renamed to `path` at the end; makes its folder.
+
+    Nothing is left under either name if the block raises. OSError.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # not the pid: two hosts may share the folder
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def write(path: str | os.PathLike, content: bytes | str) -> None:
+    """Writes a file whole or not at all; makes its folder. OSError."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

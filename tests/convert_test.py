@@ -58,7 +58,11 @@ def checkpoint(tmp_path):
 
 
 def run(*argv):
-    return convert.main([str(a) for a in argv])
+    """The exit status."""
+    try:
+        return convert.main([str(a) for a in argv])
+    except SystemExit as end:
+        return end.code
 
 
 def bits(tensors):
@@ -160,7 +164,7 @@ def test_a_model_restores_the_import(tmp_path, capsys, checkpoint, softmask, hea
     flags = [f"--softmask={name}", "--vocab_multiple=8"]
     assert run("import", "mdlm", tmp_path / "in.ckpt", tmp_path / "run", *flags) == 0
     said = capsys.readouterr().out
-    denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, softmask)
+    denoiser = Denoiser(CONFIG, CONFIG.vocab_size, CONFIG.vocab_size - 1, softmask)
     abstract = nn.meta.unbox(jax.eval_shape(denoiser.init, jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     params, meta = checkpointer.restore_params(abstract, "params")
@@ -215,7 +219,7 @@ def test_ema_in_a_second_file(tmp_path):
 
 def test_export_after_training(tmp_path):
     """A checkpoint of a run, without an import's meta: the vocabulary without padding is all that must be told."""
-    denoiser = Denoiser(DiT(CONFIG), CONFIG.vocab_size, CONFIG.vocab_size - 1, SoftMask())
+    denoiser = Denoiser(CONFIG, CONFIG.vocab_size, CONFIG.vocab_size - 1, SoftMask())
     params = nn.meta.unbox(jax.jit(denoiser.init)(jax.random.key(0)))
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     checkpointer.save(5, convert.TrainState(jnp.int32(5), params, params, {}), data={}, meta={})

@@ -9,11 +9,11 @@ Nothing is written on an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ import numpy as np
 
 from smdlm import command
 from smdlm.config import read
-from smdlm.convert import files, mdlm
+from smdlm.convert import files, mdlm, mdlm_export
 from smdlm.data.tokenizer import make_tokenizer
+from smdlm.experiment import checkpointer_of
+from smdlm.files import local_path
 from smdlm.full_softmask import FullSoftMask
-from smdlm.io.checkpoint import CheckpointDamaged, Checkpointer
+from smdlm.io.checkpoint import Checkpointer
 from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
@@ -32,89 +34,94 @@ KINDS = ("mdlm", "ar")
 SIZES = ("vocab_size", "width", "depth", "heads", "cond")
 
 
-def checkpoints(workdir: str | Path) -> Path:
-    """WORKDIR/checkpoints, or WORKDIR itself if that is its name."""
-    path = Path(workdir)
-    return path if path.name == "checkpoints" else path / "checkpoints"
+def checkpoints(workdir: Path) -> Checkpointer:
+    """Those of a workdir, which may be named by its folder `checkpoints`."""
+    return checkpointer_of(workdir.parent if workdir.name == "checkpoints" else workdir)
 
 
 def import_checkpoint(args: argparse.Namespace) -> list[str]:
     """SRC -> orbax; returns the lines to print. Raises before anything is written, except for a full disk."""
-    source = files.load(args.src)
-    shadow = files.load(args.ema) if args.ema else None
-    sizes = {name: getattr(args, name, None) for name in SIZES}
-    softmask = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}[args.softmask or "topk"]
-    multiple = 128 if args.vocab_multiple is None else args.vocab_multiple
-    if multiple < 1:
-        raise files.FileError(f"--vocab_multiple: got {multiple}, wanted at least 1")
-    if args.config:
-        wanted, multiple, softmask = _from_config(args.config, args.kind)
-        sizes |= {name: value for name, value in wanted.items() if sizes[name] is None}
-    if args.kind == "ar":
-        softmask = None
-    directory = checkpoints(args.dst)
-    checkpointer = Checkpointer(directory)
-    try:
+    wanted = _wanted(args)
+    with contextlib.closing(checkpoints(args.dst)) as checkpointer:
         if (step := checkpointer.latest_step()) is not None:
             raise files.FileError(f"got {args.dst}, which holds a checkpoint of step {step}, wanted a new workdir")
+        command.check_folder("DST", checkpointer.directory)
+        source = files.load(args.src)
+        shadow = files.load(args.ema) if args.ema else None
         made = mdlm.import_source(
             source,
             args.kind,
             shadow=shadow,
+            softmask=wanted.softmask,
             weights=args.weights or "both",
-            softmask=softmask,
-            sizes=sizes,
-            vocab_multiple=multiple,
+            sizes=wanted.sizes,
         )
-        arrays = jax.tree.map(jnp.asarray, (made.params, made.ema))
-        checkpointer.save(0, TrainState(jnp.int32(0), *arrays, {}), data={}, meta=made.meta)
+        params, ema = (jax.tree.map(jnp.asarray, tree) for tree in (made.params, made.ema))
+        checkpointer.save(0, TrainState(jnp.int32(0), params, ema, {}), data={}, meta=made.meta)
         checkpointer.wait()
         if checkpointer.latest_step() != 0:
-            raise OSError(f"could not write {directory}: the warning above says why")
-    finally:
-        checkpointer.close()
+            raise OSError(f"could not write {checkpointer.directory}: the warning above says why")
+    folder = args.dst if args.dst.name == "checkpoints" else args.dst / "checkpoints"
     return [
         *made.notes,
-        f"wrote {directory} (step 0): python -m smdlm.main --config=FILE --workdir={directory.parent} --mode=sample",
+        f"wrote {folder} (step 0): python -m smdlm.main --config=FILE --workdir={folder.parent} --mode=sample",
     ]
 
 
-def _from_config(path: str, kind: str) -> tuple[dict[str, int], int, SoftMask | None]:
-    """(wanted sizes, padding, operator) of a config file; a BPE's vocabulary is not known before it is trained."""
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What the weights must fit: sizes by DiT field, and the operator whose omega is wanted."""
+
+    sizes: dict[str, int]
+    softmask: SoftMask | FullSoftMask | None
+
+
+def _wanted(args: argparse.Namespace) -> Wanted:
+    """Of the flags and of --config; a flag's size comes before that of the config."""
+    given = {name: getattr(args, name, None) for name in (*SIZES, "vocab_multiple")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.vocab_multiple is not None and args.vocab_multiple < 1:
+        raise files.FileError(f"--vocab_multiple: got {args.vocab_multiple}, wanted at least 1")
+    softmask = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}[args.softmask or "topk"]
+    wanted = Wanted(given, softmask)
+    if args.config:
+        config = _of_config(args.config, args.kind)
+        wanted = Wanted(config.sizes | given | {"vocab_multiple": config.sizes["vocab_multiple"]}, config.softmask)
+    return dataclasses.replace(wanted, softmask=None) if args.kind == "ar" else wanted
+
+
+def _of_config(path: Path, kind: str) -> Wanted:
+    """What a config file wants; a BPE's vocabulary is not known before it is trained."""
     config = read(command.load_config(path))
     model = config.model
     if not isinstance(model, mdlm.DiT) or model.causal != (kind == "ar"):
         raise files.FileError(f"{path}: got a config of another model, wanted one of an {kind} model: change KIND")
-    sizes = {name: getattr(model, name) for name in SIZES if name != "vocab_size"}
+    sizes = {name: getattr(model, name) for name in (*SIZES, "vocab_multiple") if name != "vocab_size"}
     if model.causal:
         del sizes["cond"]
     if config.vocab_size is not None:
         sizes["vocab_size"] = config.vocab_size
     elif not config.data.tokenizer.startswith("bpe"):
         sizes["vocab_size"] = make_tokenizer(config.data.tokenizer).model_vocab_size
-    return sizes, model.vocab_multiple, config.softmask.operator
+    return Wanted(sizes, config.softmask.operator)
 
 
 def export_checkpoint(args: argparse.Namespace) -> list[str]:
     """orbax -> DST; returns the lines to print. A .ckpt with the raw weights also carries the EMA."""
-    kind = files.kind_of(args.dst)
-    if kind == "directory" and args.kind == "ar":
+    form = files.format_of(args.dst)
+    if form == "directory" and args.kind == "ar":
         raise files.FileError(f"{args.dst}: got a directory for an ar model, wanted .ckpt or .safetensors")
+    command.check_folder("DST", args.dst.parent)
     weights = args.weights or "raw"
-    path = Path(args.src)
-    directory = path if any(p.name.isdigit() for p in path.glob("*")) else checkpoints(path)
-    checkpointer = Checkpointer(directory)
-    try:
+    with contextlib.closing(checkpoints(args.src)) as checkpointer:
         trees = {which: checkpointer.restore_params(None, which) for which in ("params", "ema")}
-    finally:
-        checkpointer.close()
     (raw, meta), (ema, _) = trees["params"], trees["ema"]
     raw, ema = (
-        mdlm.export_tree(jax.tree.map(np.asarray, tree), meta, args.kind, args.vocab_size) for tree in (raw, ema)
+        mdlm_export.export_tree(jax.tree.map(np.asarray, tree), meta, args.kind, args.vocab_size) for tree in (raw, ema)
     )
     source = raw if weights == "raw" else ema
     files.save(args.dst, dataclasses.replace(source, shadow=ema.shadow))
-    also = " and the EMA list" if kind == "torch" else ""
+    also = " and the EMA list" if form == "torch" else ""
     return [f"wrote {args.dst}: {len(source.tensors)} tensors ({weights} weights of step {meta['step']}){also}"]
 
 
@@ -123,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, run in (("import", import_checkpoint), ("export", export_checkpoint)):
         sub = commands.add_parser(name)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, ema=None, config=None)
         sub.add_argument("kind", choices=KINDS, metavar="KIND", help="mdlm or ar")
         sub.add_argument("src", metavar="SRC")
         sub.add_argument("dst", metavar="DST")
@@ -142,10 +149,14 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        lines: list[Any] = args.run(args)
-    except (ValueError, OSError, CheckpointDamaged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        for name, what in (("src", "SRC"), ("dst", "DST"), ("ema", "--ema"), ("config", "--config")):
+            if getattr(args, name) is not None:
+                setattr(args, name, local_path(what, getattr(args, name)))
+        lines = args.run(args)
+    except Exception as error:
+        if not command.is_users(error):
+            raise
+        command.fail(error)
     print("\n".join(lines))
     return 0
 

@@ -16,20 +16,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from smdlm.convert.unpickle import Opaque, TensorRef, TorchFileError, interpret
+from smdlm.convert.unpickle import TensorRef, TorchFileError, kind_of, shown, unpickle
 
 DTYPES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
 }
+# What zipfile raises for the many ways in which a file can be damaged.
+DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, ValueError, KeyError, IndexError)
+DAMAGE += (struct.error, OverflowError, OSError)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -42,38 +45,33 @@ def read(path: str | os.PathLike, keep: Callable[[str], bool] = lambda name: Tru
     and FileNotFoundError.
     """
     path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[:2] != b"PK":
+        raise TorchFileError(f"{path.name}: got {_guess(head)}, wanted a checkpoint written by torch.save (a zip file)")
     try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if head[:2] != b"PK":
-            raise TorchFileError(
-                f"{path.name}: got {_guess(head)}, wanted a checkpoint written by torch.save (a zip file)"
-            )
         with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise TorchFileError(
-                    f"{path.name}: got a zip file with {len(names)} NAME/data.pkl, wanted a checkpoint by torch.save"
-                )
-            prefix = names[0].removesuffix("data.pkl")
-            order = archive.read(prefix + "byteorder") if prefix + "byteorder" in archive.namelist() else b"little"
-            if order != b"little":
-                raise TorchFileError(
-                    f"{path.name}: got byte order {order!r}, wanted 'little': save it on such a machine"
-                )
-            tree = interpret(_entry(archive, names[0], path.name), path.name)
-            if not isinstance(tree, dict):
-                raise TorchFileError(
-                    f"{path.name}: got a saved {_kind(tree)}, wanted a dict (checkpoint or state_dict)"
-                )
-            tree = {name: value for name, value in tree.items() if isinstance(name, str) and keep(name)}
-            return _Loader(archive, prefix, path.name)(tree)
+            return _load(_Entries(archive, path), keep)
+    except TorchFileError:
+        raise
     except RecursionError:
         raise TorchFileError(f"{path.name}: got a dict nested without end, wanted a checkpoint: refused") from None
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGE as error:
         raise TorchFileError(
-            f"{path.name}: got a damaged or truncated zip file ({error}), wanted a whole checkpoint: copy it again"
+            f"{path.name}: got a damaged or truncated zip file ({shown(error)}), wanted a whole checkpoint: copy it "
+            "again"
         ) from None
+
+
+def _load(entries: _Entries, keep: Callable[[str], bool]) -> dict[str, Any]:
+    if entries.byteorder != b"little":
+        raise TorchFileError(
+            f"{entries.file}: got byte order {entries.byteorder[:20]!r}, wanted 'little': save it on such a machine"
+        )
+    tree = unpickle(entries.read("data.pkl"), entries.file)
+    if not isinstance(tree, dict):
+        raise TorchFileError(f"{entries.file}: got a saved {kind_of(tree)}, wanted a dict (checkpoint or state_dict)")
+    return _Arrays(entries)({name: value for name, value in tree.items() if isinstance(name, str) and keep(name)})
 
 
 def _guess(head: bytes) -> str:
@@ -86,22 +84,38 @@ def _guess(head: bytes) -> str:
     return f"a file that starts with {head[:4]!r}"
 
 
-def _entry(archive: zipfile.ZipFile, name: str, file: str) -> bytes:
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise TorchFileError(f"{file}: got a compressed entry {name}, wanted stored ones, as by torch.save")
-    return archive.read(info)
+class _Entries:
+    """The entries of the zip file, by their names below NAME/."""
+
+    def __init__(self, archive: zipfile.ZipFile, path: Path):
+        self.archive, self.file = archive, path.name
+        self.left = path.stat().st_size
+        names = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise TorchFileError(
+                f"{self.file}: got a zip file with {len(names)} NAME/data.pkl, wanted a checkpoint by torch.save"
+            )
+        self.prefix = names[0].removesuffix("data.pkl")
+        has_order = f"{self.prefix}byteorder" in archive.namelist()
+        self.byteorder = self.read("byteorder") if has_order else b"little"
+
+    def read(self, name: str) -> bytes:
+        """KeyError if it is not there."""
+        info = self.archive.getinfo(self.prefix + name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise TorchFileError(f"{self.file}: got a compressed entry {name}, wanted stored ones, as by torch.save")
+        # Entries that share their bytes would fill the memory out of a small file.
+        self.left -= info.file_size
+        if self.left < 0:
+            raise TorchFileError(f"{self.file}: got entries larger than the file, wanted a whole checkpoint: refused")
+        return self.archive.read(info)
 
 
-def _kind(value: Any) -> str:
-    return repr(value) if isinstance(value, Opaque) else type(value).__name__
-
-
-class _Loader:
+class _Arrays:
     """Replaces every TensorRef of a tree by a read-only array; storages and shared parts are read once."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str, file: str):
-        self.archive, self.prefix, self.file = archive, prefix, file
+    def __init__(self, entries: _Entries):
+        self.entries, self.file = entries, entries.file
         self.storages: dict[str, bytes] = {}
         # By identity, else a pickle of (x, x) forty levels deep would be walked 2^40 times.
         self.done: dict[int, Any] = {}
@@ -119,16 +133,18 @@ class _Loader:
         return self.done[id(value)]
 
     def tensor(self, ref: TensorRef) -> np.ndarray:
-        kind, key, elements = ref.storage.kind, ref.storage.key, ref.storage.elements
-        dtype = DTYPES.get(kind)
+        key, elements = ref.storage.key, ref.storage.elements
+        dtype = DTYPES.get(ref.storage.kind)
         if dtype is None:
-            raise TorchFileError(f"{self.file}: got a tensor in a torch.{kind}, wanted one of {', '.join(DTYPES)}")
+            raise TorchFileError(
+                f"{self.file}: got a tensor in a {shown(ref.storage.kind)}, wanted one of {', '.join(DTYPES)}"
+            )
         if key not in self.storages:
             try:
-                self.storages[key] = _entry(self.archive, f"{self.prefix}data/{key}", self.file)
+                self.storages[key] = self.entries.read(f"data/{key}")
             except KeyError:
                 raise TorchFileError(
-                    f"{self.file}: got no storage data/{key}, wanted it in the zip file: copy it again"
+                    f"{self.file}: got no storage data/{shown(key)}, wanted it in the zip file: copy it again"
                 ) from None
         data = self.storages[key]
         # Bounds first: strides or an offset of the pickle's choice must not read beside the storage nor repeat it.
@@ -196,9 +212,10 @@ def _pickled(value: Any, arrays: list[np.ndarray]) -> bytes:
             return b"(" + recur(value) + b"t"
         case np.ndarray():
             strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(value.ndim))
-            kind, key = STORAGES[value.dtype], str(len(arrays))
+            (module, kind), key = STORAGES[value.dtype].split("."), str(len(arrays))
             arrays.append(value)
-            storage = b"(" + recur(["storage"]) + f"ctorch\n{kind}\n".encode() + recur([key, "cpu", value.size]) + b"tQ"
+            named = recur(["storage"]) + f"c{module}\n{kind}\n".encode() + recur([key, "cpu", value.size])
+            storage = b"(" + named + b"tQ"
             rest = recur([0, value.shape, strides, False]) + b"ccollections\nOrderedDict\n)R"
             return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
     raise TypeError(f"torch file: got a {type(value).__name__}, wanted arrays and plain values")
