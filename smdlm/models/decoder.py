@@ -122,7 +122,7 @@ class Decoder(Model):
         return params["embed"]
 
     def head(self, params: Params) -> Head:
-        matrix = params["embed"].T if self.tied else params["head"]
+        matrix = params["embed"].T if self.tied else params["head"]["kernel"]
         return Head(matrix, jnp.zeros(self.rows, jnp.float32))
 
     def cache(self, batch: int, length: int) -> KVCache:
@@ -137,7 +137,7 @@ class Decoder(Model):
         }
         if self.qkv_bias:
             block |= dict.fromkeys(("q/bias", "k/bias", "v/bias"))
-        other = ["embed", "norm/scale"] if self.tied else ["embed", "norm/scale", "head"]
+        other = ["embed", "norm/scale"] if self.tied else ["embed", "norm/scale", "head/kernel"]
         return {f"blocks/{name}": axes for name, axes in block.items()} | dict.fromkeys(other)
 
     def flops(self, length: int) -> float:
@@ -206,7 +206,7 @@ class Network(nn.Module):
         # Declared here so that one tree holds the whole model; used through `Decoder.table` and `Decoder.head`.
         self.param("embed", logical(_init, "vocab", "embed"), (cfg.rows, cfg.width), stored)
         if not cfg.tied:
-            self.param("head", logical(_init, "embed", "vocab"), (cfg.width, cfg.rows), stored)
+            HeadMatrix(cfg, name="head")()
         slots = start + jnp.arange(x.shape[1])
         if positions is None:
             positions = slots
@@ -215,3 +215,14 @@ class Network(nn.Module):
         blocks = scanned(Block, cfg.remat, cfg.depth)(cfg, name="blocks")
         x, cache = blocks(split_batch(x.astype(dtype)), positions, mask, start, cache)
         return RMSNorm(cfg.eps, dtype, stored, name="norm")(x), cache
+
+
+class HeadMatrix(nn.Module):
+    """Declares the head's matrix [D, V], which the readout multiplies by."""
+
+    config: Decoder
+
+    @nn.compact
+    def __call__(self) -> None:
+        cfg = self.config
+        self.param("kernel", logical(_init, "embed", "vocab"), (cfg.width, cfg.rows), jnp.dtype(cfg.param_dtype))
