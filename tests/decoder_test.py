@@ -157,7 +157,8 @@ def test_remat_and_kernel_change_nothing(name):
 
 def test_half_precision():
     """Computed in bf16 it is near; kept in bf16 the parameters are, too."""
-    denoiser, params = made(DREAM)
+    denoiser, _ = made(DREAM)
+    params = make_params(denoiser, noise=0.1)  # larger ones make the softmax sharp, and rounding them is seen more
     half = dataclasses.replace(denoiser, model=dataclasses.replace(DREAM, dtype="bfloat16", param_dtype="bfloat16"))
     shapes = nn.meta.unbox(jax.eval_shape(half.init, jax.random.key(0)))["backbone"]
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
@@ -165,7 +166,7 @@ def test_half_precision():
     got = jax.jit(half)({**params, "backbone": stored}, tokens())
     assert got.dtype == jnp.bfloat16
     wanted = jax.jit(denoiser)(params, tokens())
-    assert 0 < np.std(np.asarray(got, np.float32) - wanted) < 0.05 * np.std(wanted)
+    assert 0 < np.std(np.asarray(got, np.float32) - wanted) < 0.02 * np.std(wanted)
 
 
 def test_an_id_without_a_token_is_never_predicted_nor_remembered():
