@@ -83,7 +83,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
     given = {name: value for name, value in given.items() if value is not None}
     if args.vocab_multiple is not None and args.vocab_multiple < 1:
         raise files.FileError(f"--vocab_multiple: got {args.vocab_multiple}, wanted at least 1")
-    softmask = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}[args.softmask or "topk"]
+    softmask = folders.OPERATORS[args.softmask or "topk"]
     wanted = Wanted(given, softmask)
     if args.config:
         config = _of_config(args.config, args.kind)
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--ema", help="file with the EMA, if SRC does not hold it")
             sub.add_argument("--heads", type=int, help="if SRC has no rotary buffer")
             sub.add_argument("--vocab_multiple", type=int, help="padding of the vocabulary (default 128)")
-            sub.add_argument("--softmask", choices=("topk", "full", "none"), help="operator (default topk)")
+            sub.add_argument("--softmask", choices=folders.OPERATORS, help="operator (default topk; none if causal)")
             sub.add_argument(
                 "--dtype", choices=("float32", "bfloat16"), help="of a decoder's weights (default: its own)"
             )

@@ -26,11 +26,13 @@ from smdlm.convert.streams import Streamed, Tensor, check, read_folder, tensor_o
 from smdlm.convert.table import Leaf
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.experiment import checkpointer_of
+from smdlm.full_softmask import FullSoftMask
 from smdlm.models.decoder import Decoder
 from smdlm.models.gpt2 import GPT2
 from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
+OPERATORS: dict[str, SoftMask | None] = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}
 COPIED = ("config.json", "generation_config.json")
 TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
@@ -82,8 +84,8 @@ def import_folder(args: argparse.Namespace) -> list[str]:
             found = find("decoder", args.src, tensors, config, args.dtype)
         else:
             found = find(args.kind, args.src, *read_folder(args.src), args.dtype)
-        omega = {} if found.model.causal else SoftMask().init()
-        params = {"backbone": found.tree, "softmask": omega}
+        softmask = OPERATORS[args.softmask or ("none" if found.model.causal else "topk")]
+        params = {"backbone": found.tree, "softmask": softmask.init() if softmask else {}}
         arrays = jax.tree.map(_array, params, is_leaf=lambda leaf: isinstance(leaf, Streamed))
         checkpointer.save(0, TrainState(jnp.int32(0), arrays, arrays, {}), data={}, meta=found.meta)
         checkpointer.wait()
@@ -111,10 +113,9 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
     if dtype is None:
         half = kind == "decoder" and all(tensor.dtype.name == "bfloat16" for tensor in own.values())
         dtype = "bfloat16" if half else "float32"
-    model = dataclasses.replace(released, vocab_size=ids)
-    if kind == "decoder":
-        model = dataclasses.replace(model, param_dtype=dtype, table_rows=rows if ids <= rows else 0)
     appended = ids > rows
+    own_fields = {"param_dtype": dtype, "table_rows": 0 if appended else rows} if kind == "decoder" else {}
+    model = dataclasses.replace(released, vocab_size=ids, **own_fields)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     tree = to_tree(own, table, shapes, np.dtype(jnp.dtype(dtype)), mask_row=appended)
     texts = {name: (path / name).read_text("utf-8") for name in COPIED if (path / name).is_file()}
