@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_next_token_loss_of_plain_english(tmp_path):
-    """About 2.5 nats/token where every layer is right; 9.4 with the rows of q as they are stored, ln 49152 = 10.8 by chance."""
+    """About 2.5 nats/token; 9.4 with the rows of q as they are stored, ln 49152 = 10.8 by chance."""
     tensors, config, files = gguf.read(PATH)
     found = folders.find("decoder", PATH, tensors, config, None)
     assert found.model.causal and found.meta["mask_id"] == 49_152 and found.model.rows == 49_280

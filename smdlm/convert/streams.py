@@ -65,7 +65,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileError(f"got no folder {folder}, wanted one with config.json and {MODEL}")
     config = read_json(folder / "config.json")
     if (folder / MODEL).is_file():
-        return _header(folder / MODEL), config
+        return read_header(folder / MODEL), config
     index = folder / f"{MODEL}{INDEX}"
     if not index.is_file():
         raise FileError(f"{folder}: got no {MODEL} and no {index.name}, wanted one of them: copy it there")
@@ -80,7 +80,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     problems = []
     for shard in shards:
-        for name, tensor in _header(folder / shard).items():
+        for name, tensor in read_header(folder / shard).items():
             if name in tensors:
                 problems.append(f"  {shown(name)}: got it in {tensors[name].file} and in {shard}, wanted it once")
             elif where.get(name) != shard:
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file: eight bytes of length, a JSON header, then the data."""
     size = path.stat().st_size
     try:
