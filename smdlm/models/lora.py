@@ -88,9 +88,11 @@ class LoRA(Model):
         return self.alpha / self.rank
 
     def adapted(self) -> dict[str, MatrixAxes]:
-        """{path of a kernel: its axes}, in order."""
+        """{path of a kernel: its axes}, in order; what lies behind the inputs is output, q, k and v as one."""
         matrices = self.base.matrices()
-        return {path: axes for path, axes in matrices.items() if axes and _module(path) in self.targets}
+        found = {path: axes for path, axes in matrices.items() if axes and _module(path) in self.targets}
+        behind = lambda axes: tuple(range(axes.inputs[-1] + 1, axes.outputs[-1] + 1))
+        return {path: MatrixAxes(axes.inputs, behind(axes)) for path, axes in found.items()}
 
     def init(self, key: jax.Array) -> Params:
         """Adapters {module: {'a', 'b', 'magnitude'}}; the magnitudes, which only the base knows, by `start`."""
@@ -98,7 +100,7 @@ class LoRA(Model):
         out = {}
         for number, (path, axes) in enumerate(self.adapted().items()):
             shape, names = boxed[path].value.shape, boxed[path].names
-            stack = [axis for axis in range(len(shape)) if axis not in (*axes.inputs, *axes.outputs)]
+            stack = range(axes.inputs[0])
             sizes = lambda of, shape=shape: tuple(shape[axis] for axis in of)
             named = lambda of, names=names: tuple(names[axis] for axis in of)
             name = path.removesuffix(KERNEL)
@@ -170,7 +172,7 @@ class LoRA(Model):
         return kernels[path].astype(jnp.float32) + self._product(flat, path)
 
     def _product(self, flat: dict[str, jax.Array], path: str) -> jax.Array:
-        """s A B in the shape of the kernel, whose axes are those that number matrices, then inputs, then outputs."""
+        """s A B in the shape of the kernel: [layers, *inputs, *outputs]."""
         a, b = flat[f"{path.removesuffix(KERNEL)}/a"], flat[f"{path.removesuffix(KERNEL)}/b"]
         stacked = a.ndim - 1 - len(self.adapted()[path].inputs)
         stack = a.shape[:stacked]
