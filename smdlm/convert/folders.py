@@ -22,7 +22,7 @@ from flax import traverse_util
 from smdlm import command, files
 from smdlm.convert import decoder, gguf, gpt2
 from smdlm.convert.files import FileError
-from smdlm.convert.streams import Streamed, Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
+from smdlm.convert.streams import Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
 from smdlm.convert.table import Leaf
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.experiment import checkpointer_of
@@ -86,8 +86,7 @@ def import_folder(args: argparse.Namespace) -> list[str]:
             found = find(args.kind, args.src, *read_folder(args.src), args.dtype)
         softmask = OPERATORS[args.softmask or ("none" if found.model.causal else "topk")]
         params = {"backbone": found.tree, "softmask": softmask.init() if softmask else {}}
-        arrays = jax.tree.map(_array, params, is_leaf=lambda leaf: isinstance(leaf, Streamed))
-        checkpointer.save(0, TrainState(jnp.int32(0), arrays, arrays, {}), data={}, meta=found.meta)
+        checkpointer.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=found.meta)
         checkpointer.wait()
         if checkpointer.latest_step() != 0:
             raise OSError(f"could not write {checkpointer.directory}: the warning above says why")
@@ -95,10 +94,6 @@ def import_folder(args: argparse.Namespace) -> list[str]:
         files.write_json(args.dst / "tokenizer" / name, content)
     also = [f"wrote {args.dst / 'tokenizer'}: data.tokenizer=hf:{args.dst / 'tokenizer'}"] if tokenizer else []
     return [*found.notes, f"wrote {checkpointer.directory} (step 0)", *also]
-
-
-def _array(leaf: Any) -> Any:
-    return leaf.whole() if isinstance(leaf, Streamed) else leaf
 
 
 def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], dtype: str | None) -> Found:

@@ -19,6 +19,7 @@ from flax import traverse_util
 from smdlm.convert.files import INDEX, SAFETENSORS, FileError
 from smdlm.convert.table import FLOATS, ConversionError, Leaf
 from smdlm.convert.unpickle import shown
+from smdlm.io.streamed import Streamed
 
 MODEL = "model.safetensors"
 NAMES = {np.dtype(kind): name for name, kind in SAFETENSORS.items()}
@@ -32,24 +33,6 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     file: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-    """An array of a checkpoint that is written part by part: `parts` yields its slices along axis 0, or it whole."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    stacked: bool
-    parts: Callable[[], Iterator[np.ndarray]]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def whole(self) -> np.ndarray:
-        parts = self.parts()
-        return np.stack(list(parts)) if self.stacked else next(parts)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
