@@ -41,7 +41,8 @@ WITHOUT_JAX = ("smdlm.files", "smdlm.command")  # mistakes on command lines are 
 
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {
-    "orbax": {"smdlm.io.checkpoint"},
+    "orbax": {"smdlm.io.checkpoint", "smdlm.io.streamed"},
+    "tensorstore": {"smdlm.io.streamed"},
     "ml_collections": {"smdlm.config", "smdlm.command"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line(tmp_path, flag, message):
 
 
 def test_any_folder_terminal_and_precision(tmp_path, finished):
-    """ar_tiny.py imports its neighbour tiny.py, from a folder with a `configs` of its own; stdout is ASCII; x64 is on."""
+    """ar_tiny.py imports its neighbour, in a folder with a `configs` of its own; stdout is ASCII; x64 is on."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "__init__.py").touch()
     (tmp_path / "corpus").symlink_to(finished[0].parent / "corpus")

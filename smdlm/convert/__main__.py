@@ -3,6 +3,8 @@
     import  SRC file or Hugging Face directory -> DST/checkpoints, which smdlm.main restores with --workdir=DST
     export  SRC workdir (its newest checkpoint) -> DST .ckpt, .safetensors, or a directory (no suffix)
 
+KIND is mdlm, ar, decoder (a folder of Llama, Qwen2 or Dream), gpt2 (a folder) or gguf (a file; import only).
+
 Nothing is written on an error.
 """
 
@@ -21,7 +23,7 @@ import numpy as np
 
 from smdlm import command
 from smdlm.config import read
-from smdlm.convert import files, mdlm, mdlm_export
+from smdlm.convert import files, folders, mdlm, mdlm_export
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.files import local_path, owned, plain_output
 from smdlm.full_softmask import FullSoftMask
@@ -29,7 +31,6 @@ from smdlm.io.checkpoint import checkpointer_of
 from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
-KINDS = ("mdlm", "ar")
 SIZES = ("vocab_size", "width", "depth", "heads", "cond")
 
 
@@ -79,7 +80,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
     given = {name: value for name, value in given.items() if value is not None}
     if args.vocab_multiple is not None and args.vocab_multiple < 1:
         raise files.FileError(f"--vocab_multiple: got {args.vocab_multiple}, wanted at least 1")
-    softmask = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}[args.softmask or "topk"]
+    softmask = folders.OPERATORS[args.softmask or "topk"]
     wanted = Wanted(given, softmask)
     if args.config:
         config = _of_config(args.config, args.kind)
@@ -122,13 +123,21 @@ def export_checkpoint(args: argparse.Namespace) -> list[str]:
     return [f"wrote {args.dst}: {len(source.tensors)} tensors ({weights} weights of step {meta['step']}){also}"]
 
 
+KINDS = {
+    "import": {"mdlm": import_checkpoint, "ar": import_checkpoint}
+    | dict.fromkeys(("decoder", "gpt2", "gguf"), folders.import_folder),
+    "export": {"mdlm": export_checkpoint, "ar": export_checkpoint}
+    | dict.fromkeys(("decoder", "gpt2"), folders.export_folder),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m smdlm.convert", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for name, run in (("import", import_checkpoint), ("export", export_checkpoint)):
+    for name, kinds in KINDS.items():
         sub = commands.add_parser(name)
-        sub.set_defaults(run=run, ema=None, config=None)
-        sub.add_argument("kind", choices=KINDS, metavar="KIND", help="mdlm or ar")
+        sub.set_defaults(ema=None, config=None)
+        sub.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
         sub.add_argument("src", metavar="SRC")
         sub.add_argument("dst", metavar="DST")
         sub.add_argument("--weights", choices=("raw", "ema"), help="import: take only this set; export: default raw")
@@ -137,7 +146,10 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--ema", help="file with the EMA, if SRC does not hold it")
             sub.add_argument("--heads", type=int, help="if SRC has no rotary buffer")
             sub.add_argument("--vocab_multiple", type=int, help="padding of the vocabulary (default 128)")
-            sub.add_argument("--softmask", choices=("topk", "full", "none"), help="operator (default topk)")
+            sub.add_argument("--softmask", choices=folders.OPERATORS, help="operator (default topk; none if causal)")
+            sub.add_argument(
+                "--dtype", choices=("float32", "bfloat16"), help="of a decoder's weights (default: its own)"
+            )
             sub.add_argument("--config", help="config file whose sizes and operator the weights must fit")
     return top
 
@@ -150,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
         for name, what in (("src", "SRC"), ("dst", "DST"), ("ema", "--ema"), ("config", "--config")):
             if getattr(args, name) is not None:
                 setattr(args, name, local_path(what, getattr(args, name)))
-        lines = args.run(args)
+        lines = KINDS[args.command][args.kind](args)
     except Exception as error:
         if not command.is_users(error):
             raise

@@ -32,6 +32,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from smdlm.files import one_line, sha256
+from smdlm.io import streamed
 
 PyTree = Any
 TREES = ("params", "ema", "opt")
@@ -81,7 +82,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._saving: int | None = None  # the step being written in the background
         self._resumed: int | None = None  # the step this run continues; what is newer on disk is abandoned
-        handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
+        handlers = {name: streamed.handler() for name in TREES}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.mesh import traced
+from smdlm.models.attention import is_cudnn
+from smdlm.models.base import KVCache
 from smdlm.ops import cpu
+
+REMATS, ATTENTIONS, DTYPES = ("none", "light", "block"), ("auto", "xla"), ("float32", "bfloat16")
+
+
+def check_choices(model: Any) -> None:
+    """ValueError for a field of choices that models share; those that a model lacks are passed over."""
+    for name, known in {"dtype": DTYPES, "param_dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS}.items():
+        if hasattr(model, name) and getattr(model, name) not in known:
+            wanted = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise ValueError(f"model.{name}: got {getattr(model, name)!r}, wanted {wanted}")
+
+
+def check_sizes(model: Any, *names: str) -> None:
+    """ValueError unless the fields are at least 1."""
+    for name in names:
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name}: got {getattr(model, name)}, wanted at least 1")
 
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -86,9 +106,14 @@ def _layer_norm(x: jax.Array, weight: jax.Array, shift: jax.Array | float, dtype
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm without bias, computed in f32, eps 1e-5 (torch's default; Linen's 1e-6 is another function)."""
+    """LayerNorm computed in f32, eps 1e-5 (torch's default; Linen's 1e-6 is another function).
+
+    Attributes:
+      bias: a learned shift, added to the one that is handed in.
+    """
 
     dtype: Any
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, shift: jax.Array | float = 0.0, scale: jax.Array | float = 0.0) -> jax.Array:
@@ -97,16 +122,40 @@ class LayerNorm(nn.Module):
         The two scales are multiplied first: one product per entry, and one sum over all entries in the backward pass.
         """
         weight = self.param("scale", logical(nn.initializers.ones, None), (x.shape[-1],)) * (1 + scale)
+        if self.bias:
+            shift = shift + self.param("bias", logical(nn.initializers.zeros, None), (x.shape[-1],))
         return _layer_norm(x, weight, shift, self.dtype)
 
 
+@functools.partial(_formed_again, static_argnums=(2, 3))
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype: Any) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)).astype(dtype) * weight.astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) in f32, rounded to dtype before it is multiplied by the weight, as Llama does."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("scale", logical(nn.initializers.ones, None), (x.shape[-1],), self.param_dtype)
+        return _rms_norm(x, weight, self.eps, self.dtype)
+
+
 class Linear(nn.Module):
-    """x [..., *inputs] -> [..., *features]; kernel stored as [*inputs, *features] in f32, multiplied in dtype.
+    """x [..., *inputs] -> [..., *features]; kernel stored as [*inputs, *features], multiplied in dtype.
+
+    A parameter 'adapter' beside the kernel (models/lora.py puts it there) adds a product of low rank to it.
 
     Attributes:
       names: logical axes of the kernel; the bias takes those of the features.
       inputs: how many trailing axes of x are contracted.
-      zero: zero at the start, else torch's default.
+      zero: zero at the start, else `init`, by default torch's.
+      param_dtype: of the stored kernel and bias.
     """
 
     features: tuple[int, ...]
@@ -115,19 +164,78 @@ class Linear(nn.Module):
     bias: bool = True
     zero: bool = False
     inputs: int = 1
+    init: nn.initializers.Initializer | None = None
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-self.inputs :]
-        init = nn.initializers.zeros if self.zero else uniform_fan_in(int(np.prod(shape)))
-        kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features))
+        init = nn.initializers.zeros if self.zero else self.init or uniform_fan_in(int(np.prod(shape)))
+        kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features), self.param_dtype)
         # Cast before it is gathered: half of the bytes in half precision.
         split = self.names.index("embed") if "embed" in self.names else None
         kernel = traced.gather(kernel.astype(self.dtype), split)
-        out = cpu.tensordot(x.astype(self.dtype), kernel, self.inputs)
+        x = x.astype(self.dtype)
+        out = cpu.tensordot(x, kernel, self.inputs)
+        if self.has_variable("params", "adapter"):
+            out = _adapted(out, x, kernel, self.get_variable("params", "adapter"), self.inputs)
         if self.bias:
             # Vectors are not split over fsdp: gathering one costs more than it saves.
             names = (None if name == "embed" else name for name in self.names[self.inputs :])
-            bias = self.param("bias", logical(init, *names), self.features)
+            init = nn.initializers.zeros if self.init else init
+            bias = self.param("bias", logical(init, *names), self.features, self.param_dtype)
             out = out + bias.astype(self.dtype)
         return out
+
+
+def _adapted(out: jax.Array, x: jax.Array, kernel: jax.Array, adapter: Any, inputs: int) -> jax.Array:
+    """x kernel' from out = x kernel, for kernel' = kernel + a b (LoRA), or magnitude kernel' / |kernel'| (DoRA).
+
+    a [*inputs, r], b [r, *features] with LoRA's scaling in it, magnitude [*features]. The norm of a column is that of
+    all weights of one output; no gradient flows through it, as in the reference.
+    """
+    a, b = adapter["a"].astype(x.dtype), adapter["b"].astype(x.dtype)
+    out = out + jnp.tensordot(jnp.tensordot(x, a, inputs), b, 1)
+    if "magnitude" in adapter:
+        frozen = jax.lax.stop_gradient((kernel.astype(jnp.float32), adapter["a"], adapter["b"]))
+        out = out * (adapter["magnitude"] / column_norms(frozen[0], *frozen[1:], inputs)).astype(out.dtype)
+    return out
+
+
+def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, inputs: int) -> jax.Array:
+    """|kernel + a b| of each output over its inputs: [*features]."""
+    total = kernel + jnp.tensordot(a, b, 1)
+    return jnp.sqrt(jnp.square(total).sum(tuple(range(inputs))))
+
+
+def scanned(block: type[nn.Module], remat: str, depth: int) -> Callable[..., nn.Module]:
+    """A class like `block`, whose `depth` layers run in a scan over stacked parameters and slices of the cache.
+
+    A block is called with (x, positions, mask, start, cache) and returns (x, its filled cache). What the backward pass
+    computes again is `Model.remat`: 'light' keeps the results that the block names 'attention', 'branch' and 'mlp_in'.
+    """
+    if remat == "block":
+        block = nn.remat(block, prevent_cse=False)  # inside a scan CSE is no danger
+    elif remat == "light":
+        names = jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in")
+        saved = jax.checkpoint_policies.save_from_both_policies(names, is_cudnn)
+        block = nn.remat(block, prevent_cse=False, policy=saved)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def write_cache(cache: KVCache, key: jax.Array, value: jax.Array, start: jax.Array | int) -> KVCache:
+    """One layer's cache [B, M, G, E] with the keys and values [B, L, G, E] of the slots from `start`."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+    return KVCache(write(cache.keys, key), write(cache.values, value))
+
+
+def causal_slots(cache: KVCache, slots: jax.Array) -> jax.Array:
+    """What the positions that fill `slots` [L] of a cache [N, B, M, G, E] may see: [1, L, M]."""
+    return (jnp.arange(cache.keys.shape[2]) <= slots[:, None])[None]
