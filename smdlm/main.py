@@ -60,10 +60,8 @@ def main(*results: str) -> None:
         )
     elif given.mode in ("score", "zeroshot"):
         score.run(score.Run(workdir, config, snapshot, checkpointer), given)
-    elif given.mode == "eval":
-        _evaluate(config, workdir, checkpointer)
     else:
-        _sample(config, workdir, checkpointer)
+        {"eval": _evaluate, "sample": _sample}[given.mode](config, workdir, checkpointer)
     checkpointer.close()
 
 
