@@ -78,12 +78,16 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
 
 
 def plain_output() -> None:
-    """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error."""
+    """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error.
+
+    Some characters of ours are spelled out, others shown as in a Python string.
+    """
     spelled = {"±": "+-", "ω": "omega", "λ": "lambda"}
 
     def spell(error: UnicodeError) -> tuple[str, int]:
         missing = error.object[error.start : error.end]
-        return "".join(spelled.get(character, "?") for character in missing), error.end
+        escaped = (spelled.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing)
+        return "".join(escaped), error.end
 
     codecs.register_error("smdlm_spell", spell)
     for stream in (sys.stdout, sys.stderr):

@@ -58,7 +58,7 @@ def test_a_folder_has_one_writer_and_a_dead_one_does_not_count(tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
-@pytest.mark.parametrize("encoding, shown", [("ascii", "3 +- 1 omega ?"), ("latin-1", "3 ± 1 omega ?")])
+@pytest.mark.parametrize("encoding, shown", [("ascii", "3 +- 1 omega \\u4e2d"), ("latin-1", "3 ± 1 omega \\u4e2d")])
 def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding, shown):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
