@@ -232,6 +232,7 @@ def here(monkeypatch):
     return Topology("v5e:1x1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_programs_of_a_config(here, causal):
     """Compiled without data, from the vocabulary's sizes; FLOPs are near what the mathematics needs."""
@@ -275,6 +276,7 @@ def test_sweeps_end_at_the_largest_batch(monkeypatch, here):
     assert [ok for _, ok in fake(0)] == [False] * len(fake(0)) and fake(0)[-1][0] == 1
 
 
+@pytest.mark.slow
 def test_the_plain_step_is_the_same_mathematics():
     """Loss and gradients of the full-logits readout are those of the chunked one."""
     denoiser, batch = make_denoiser(), make_batch()

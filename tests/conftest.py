@@ -76,8 +76,12 @@ def eight_devices(request):
     return json.loads(stdout.splitlines()[-1]), stderr
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that wait for a program on eight devices come last."""
+    """Tests that wait for a program on eight devices are slow, and come last."""
+    for item in items:
+        if "eight_devices" in item.fixturenames:
+            item.add_marker("slow")
     items.sort(key=lambda item: "eight_devices" in item.fixturenames)
 
 

@@ -4,9 +4,9 @@ The processes stand for hosts that share a file system. Every wait has a limit, 
 """
 
 import json
+import re
 import signal
 import socket
-import re
 import subprocess
 import sys
 import time

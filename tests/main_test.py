@@ -75,6 +75,7 @@ def test_eval_and_sample(finished):
     assert sampled.split("--- sample 1")[1].split("\n")[1].startswith("Doc")
 
 
+@pytest.mark.slow
 def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "killed"
     (tmp_path / "corpus").symlink_to(finished[0].parent / "corpus")

@@ -127,7 +127,6 @@ def eight(eight_devices):
     return eight_devices[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 def test_every_mesh_gives_the_curve_of_one_device(eight, dropout):
     """Loss, masked share and coin: the noise (t, masks, coin, dropout) is the same, sums differ by rounding."""
@@ -140,14 +139,12 @@ def test_every_mesh_gives_the_curve_of_one_device(eight, dropout):
         np.testing.assert_allclose(curve[:, 0], one[:, 0], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
 def test_dropout_changes_the_curve(eight):
     """Else the test above would say nothing about its noise."""
     one, without = (np.array(eight["curve"][f"one, dropout {d}"])[:, 0] for d in (0.1, 0.0))
     assert np.all(np.abs(one / without - 1) > 1e-4)
 
 
-@pytest.mark.slow
 def test_parameters_ema_and_moments_are_split_alike(eight):
     split = {
         "one": ([24, 16], [2, 16, 64]),
@@ -165,12 +162,10 @@ def test_parameters_ema_and_moments_are_split_alike(eight):
         assert omega == 4 * [[[], []]], name
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_restores_on_another(eight):
     assert len(eight["restored"]) == 9 and all(eight["restored"].values()), eight["restored"]
 
 
-@pytest.mark.slow
 def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight, eight_devices):
     for rows in (8, 3):
         one, mixed = (eight["estimates"][f"{name}, {rows} rows"] for name in ("one", "mixed"))
@@ -181,7 +176,6 @@ def test_evaluation_and_samples_do_not_depend_on_the_mesh(eight, eight_devices):
     assert eight_devices[1].count("got 3 rows for 4 parts of the mesh") == 1
 
 
-@pytest.mark.slow
 def test_every_program_is_compiled_once(eight):
     """Twenty steps, one program; the sampler (whatever its schedule) and each estimate: one for each mesh and size."""
     assert len(eight["compiled"]) == 7 + 1 + 3

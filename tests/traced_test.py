@@ -81,7 +81,6 @@ def is_activation(axes):
     return any(n % LENGTH == 0 for n in axes) and size >= LENGTH * WIDTH
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_one_device(measured, case):
     loss, distance, _ = measured[case]
@@ -89,7 +88,6 @@ def test_loss_and_gradients_are_those_of_one_device(measured, case):
     assert distance < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_activation_is_gathered(measured, case):
     """Neither whole rows for the readout or the embeddings, nor one chip's activations on another."""
@@ -99,7 +97,6 @@ def test_no_activation_is_gathered(measured, case):
     assert case == "data" or moved, "a mesh that splits parameters must gather some"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one", "full one", *CASES])
 def test_nothing_has_a_row_of_the_vocabulary_per_position(measured, case):
     """No one-hots for the embeddings, no logits but a chunk's."""
