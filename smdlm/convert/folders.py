@@ -25,8 +25,8 @@ from smdlm.convert.files import FileError
 from smdlm.convert.streams import Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
 from smdlm.convert.table import Leaf
 from smdlm.data.tokenizer import make_tokenizer
-from smdlm.experiment import checkpointer_of
 from smdlm.full_softmask import FullSoftMask
+from smdlm.io.checkpoint import Checkpointer
 from smdlm.models.decoder import Decoder
 from smdlm.models.gpt2 import GPT2
 from smdlm.optimizer import TrainState
@@ -74,7 +74,7 @@ class Found:
 
 def import_folder(args: argparse.Namespace) -> list[str]:
     """SRC -> DST/checkpoints (and DST/tokenizer, of a GGUF file); returns the lines to print."""
-    with contextlib.closing(checkpointer_of(args.dst)) as checkpointer:
+    with contextlib.closing(Checkpointer(args.dst / "checkpoints")) as checkpointer:
         if (step := checkpointer.latest_step()) is not None:
             raise FileError(f"got {args.dst}, which holds a checkpoint of step {step}, wanted a new workdir")
         command.check_folder("DST", checkpointer.directory)
@@ -151,7 +151,7 @@ def export_folder(args: argparse.Namespace) -> list[str]:
         raise FileError(f"got {args.dst}, which exists, wanted a new folder: name another one or delete it")
     command.check_folder("DST", args.dst.parent)
     which = {"raw": "params", "ema": "ema"}[args.weights or "raw"]
-    with contextlib.closing(checkpointer_of(args.src)) as checkpointer:
+    with contextlib.closing(Checkpointer(args.src / "checkpoints")) as checkpointer:
         params, meta = checkpointer.restore_params(None, which)
     with files.whole(args.dst) as temporary:
         temporary.mkdir()
