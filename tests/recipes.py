@@ -17,7 +17,7 @@ from smdlm.data.sources import SOURCES, Document, NoText
 from smdlm.evaluate import EVALUATORS
 from smdlm.evaluate.base import Value, ratio
 from smdlm.models import MODELS
-from smdlm.models.attention import attention
+from smdlm.models.attention import attention, not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model
 from smdlm.models.layers import logical, rotary
 from smdlm.sampling.policies import POLICIES
@@ -25,7 +25,21 @@ from smdlm.softmask import GATES, MIXERS, inverse_softplus
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 LIBRARIES = [csv, dataclasses, functools, math, os, jax]
-NAMES = [Document, NoText, Value, ratio, attention, Head, KVCache, MatrixAxes, Model, logical, rotary, inverse_softplus]
+NAMES = [
+    Document,
+    NoText,
+    Value,
+    ratio,
+    attention,
+    not_after,
+    Head,
+    KVCache,
+    MatrixAxes,
+    Model,
+    logical,
+    rotary,
+    inverse_softplus,
+]
 TABLES = {
     "SOURCES": SOURCES,
     "EVALUATORS": EVALUATORS,
