@@ -187,7 +187,10 @@ def parameters():
 
 
 OTHER = {  # values that the rest of the section allows, where a little more than the default is not one
-    "model": {"heads": 6, "width": 24, "causal": True, "dtype": "bfloat16", "remat": "block", "attention": "xla"},
+    "model": {
+        **{"heads": 6, "width": 72, "key_heads": 1, "table_rows": 4, "remat": "block", "attention": "xla"},
+        **{"dtype": "bfloat16", "param_dtype": "bfloat16"},
+    },
     "softmask": {"scale": 0.25, "centre": -3.0},
 }
 
@@ -195,15 +198,16 @@ OTHER = {  # values that the rest of the section allows, where a little more tha
 @pytest.mark.parametrize("section, choice, name, field", parameters())
 def test_fields_of_a_chosen_class_are_config_fields(section, choice, name, field):
     """They reach the object beside its other defaults."""
-    others = {"model__causal": {"softmask__p_sm": 0.0}}.get(f"{section}__{field}", {})
+    cls = CHOICES[section][choice].table[name.partition(":")[0]]
+    causal = section == "model" and (field == "causal" or cls.causal)
+    others = {"softmask__p_sm": 0.0} if causal else {}
     config = {key: dict(value) for key, value in make_config(**others).items()}
     needed = {"softmask": ("p_sm",), "data": ("tokenizer", "seq_len", "batch_size")}.get(section, ())
     config[section] = {key: config[section][key] for key in needed}
-    cls = CHOICES[section][choice].table[name.partition(":")[0]]
     default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
-    more = {int: 1, float: 0.01, str: "x"}
     value = OTHER.get(section, {}).get(field)
-    value = default + more[type(default)] if value is None else value
+    if value is None:
+        value = not default if isinstance(default, bool) else default + {int: 1, float: 0.01, str: "x"}[type(default)]
 
     def made(**changes):
         found = getattr(read({**config, section: {**config[section], choice: name, **changes}}), section)
