@@ -54,7 +54,8 @@ workdir_of() {
   [[ " $* " == *" --config="* ]] || fail "flags of smdlm.main: got no --config, wanted --config=FILE"
   for flag in "$@"; do
     if [[ $flag == --workdir=?* ]]; then
-      echo "${flag#--workdir=}"
+      flag=${flag#--workdir=}
+      echo "${flag/#\~\//$HOME/}" # smdlm.main reads it so
       return
     fi
   done

@@ -31,6 +31,7 @@ def run(
     """
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
+        argv = [_at_home(arg) for arg in argv]
         try:
             if not (takes_results := reads_results(argv)):
                 check_config_file(argv)
@@ -60,10 +61,16 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
+def _at_home(argument: str) -> str:
+    """--config=~/x.py with the home folder in it: shells leave a '~' behind '=' as it is."""
+    flag, _, value = argument.partition("=")
+    return f"{flag}={Path(value).expanduser()}" if flag in ("--config", "-config") and value[:2] == "~/" else argument
+
+
 def is_users(error: BaseException) -> bool:
     """Whether its text is meant for the user: not for a fault of ours, which deserves its traceback."""
     ours = type(error).__module__.split(".")[0] == "smdlm"
-    return ours or isinstance(error, (ValueError, OSError, ImportError))
+    return ours or isinstance(error, (ValueError, OSError, ImportError, MemoryError))
 
 
 def fail(error: BaseException) -> None:

@@ -74,14 +74,20 @@ def described_weights(omega: str) -> str:
 
 def sample(experiment: Experiment, params: Any) -> Sampled:
     """sampling.count texts; the prompt, if any, stands at the start of every canvas and never changes."""
-    config, tokenizer = experiment.config.sampling, experiment.vocabulary
-    prompt = tokenizer.encode(config.prompt) if config.prompt else np.zeros(0, np.int32)
-    length = experiment.config.data.seq_len
-    if len(prompt) >= length:
-        raise ValueError(f"sampling.prompt: got {len(prompt)} tokens, wanted fewer than data.seq_len = {length}")
+    config, length = experiment.config.sampling, experiment.config.data.seq_len
+    prompt = prompt_ids(experiment)
     canvas = np.full((config.count, length), experiment.denoiser.mask_id, np.int32)
     canvas[:, : len(prompt)] = prompt
     return fill(experiment, params, canvas, config.seed)
+
+
+def prompt_ids(experiment: Experiment) -> np.ndarray:
+    """sampling.prompt as tokens [n]. ValueError if it leaves nothing of the canvas to fill."""
+    prompt, length = experiment.config.sampling.prompt, experiment.config.data.seq_len
+    ids = experiment.vocabulary.encode(prompt) if prompt else np.zeros(0, np.int32)
+    if len(ids) >= length:
+        raise ValueError(f"sampling.prompt: got {len(ids)} tokens, wanted fewer than data.seq_len = {length}")
+    return ids
 
 
 def fill(experiment: Experiment, params: Any, canvas: np.ndarray, seed: int) -> Sampled:
@@ -183,6 +189,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     meta: of the checkpoints. On all processes but the first nothing is written, and the summary is as good.
     """
     config, begin = experiment.config, time.time()
+    prompt_ids(experiment)  # a mistake at the end of hours would be found now
     state, data, before = _start(experiment, checkpointer)
     chief = jax.process_index() == 0
     if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/

@@ -67,6 +67,8 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
     Raises:
       ValueError: a URL, which would silently become a local folder named 'gs:'. what: the flag or field, for the line.
     """
+    if not isinstance(text, (str, os.PathLike)) or not str(text):
+        raise ValueError(f"{what}: got {text!r}, wanted a path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(text)):
         raise ValueError(
             f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"

@@ -99,11 +99,15 @@ class Trained:
         """
         if self.denoiser.model.causal:
             raise ValueError("infill: got a causal (AR) model, wanted a diffusion model: it writes left to right only")
+        if not isinstance(text, str) or not isinstance(blank, str) or not blank:
+            raise ValueError(f"infill: got text {text!r} and blank {blank!r}, wanted two strings")
+        if "prompt" in sampling:
+            raise ValueError("infill: got a prompt, wanted it in the text itself")
         pieces = text.split(blank)
         if len(pieces) == 1:
             raise ValueError(f"infill: got no {blank!r} in the text, wanted at least one")
-        if tokens < 1:
-            raise ValueError(f"infill: got tokens={tokens}, wanted at least 1 per blank")
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"infill: got tokens={tokens!r}, wanted a whole number, at least 1 per blank")
         holes = np.full(tokens, self.denoiser.mask_id, np.int32)
         parts = [self.tokenizer.encode(pieces[0])]
         for piece in pieces[1:]:
@@ -111,7 +115,7 @@ class Trained:
         row = np.concatenate(parts)
         if len(row) > self.length:
             raise ValueError(f"infill: got {len(row)} tokens, wanted at most {self.length}: a shorter text or blanks")
-        changed = self._sampling(count=count, **sampling)
+        changed = self._sampling(count=count, seed=seed, **sampling)
         with jax.set_mesh(self.experiment.mesh):
             return experiment.fill(changed, self.params, np.tile(row, (count, 1)), seed).texts
 
@@ -124,10 +128,12 @@ class Trained:
         Raises:
           ValueError: an empty text.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"score: got {texts!r}, wanted a list of strings")
         if any(not text for text in texts):
             raise ValueError("score: got an empty text, wanted at least one character in each")
-        if draws < 2:
-            raise ValueError(f"score: got draws={draws}, wanted at least 2, for an interval")
+        if not isinstance(draws, int) or draws < 2:
+            raise ValueError(f"score: got draws={draws!r}, wanted at least 2, for an interval")
         found = [self._likelihoods(self.tokenizer.encode(text), draws, seed) for text in texts]
         return [_per_text(nll, len(text.encode("utf-8"))) for nll, text in zip(found, texts, strict=True)]
 

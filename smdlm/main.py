@@ -42,7 +42,7 @@ def main(*results: str) -> None:
     if given.mode == "compare":
         return print(compare(results, given.only, given.format))
     config = command.read_config()
-    workdir = local_path("--workdir", given.workdir or f"runs/{command.config_name()}")
+    workdir = local_path("--workdir", f"runs/{command.config_name()}" if given.workdir is None else given.workdir)
     startup.prepare(workdir.parent / "compiled")
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
     if given.mode != "eval":

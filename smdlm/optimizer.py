@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,8 @@ class OptimizerConfig:
         if self.decay not in ("constant", "cosine", "linear"):
             raise ValueError(f"optimizer.decay: got {self.decay!r}, wanted 'constant', 'cosine' or 'linear'")
         for name in ("lr", "muon_lr", "lr_softmask", "warmup", "weight_decay", "final_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name}: got {getattr(self, name)}, wanted >= 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}: got {getattr(self, name)}, wanted a number >= 0")
         for name in ("clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}: got {getattr(self, name)}, wanted > 0")

@@ -53,7 +53,8 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
-        local_path("train.init_from", self.init_from)
+        if self.init_from:
+            local_path("train.init_from", self.init_from)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):

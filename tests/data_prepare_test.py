@@ -151,6 +151,17 @@ def test_command_line_and_checks(tmp_path, capsys):
         load(ready)
 
 
+def test_a_preparation_that_wrote_nothing_stands_in_nobodys_way(tmp_path, capsys):
+    """A wrong field is named as what it is, and the corrected command may use the same --out."""
+    lines = [json.dumps({"text": f"record {i} of many, with some words"}) for i in range(200)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    flags = [f"--source=jsonl:{tmp_path}/docs.jsonl", "--tokenizer=bytes", "--seq_len=32", f"--out={tmp_path}/out"]
+    assert prepare.main([*flags, "--field=body"]) == 2
+    assert "wanted text in 'body'" in capsys.readouterr().err
+    assert prepare.main(flags) == 0
+    assert prepare.main([*flags, "--seq_len=16"]) == 2 and "another preparation" in capsys.readouterr().err
+
+
 def test_damaged_shards(tmp_path, capsys):
     out = tmp_path / "out"
     prepare.prepare(shard_config(tmp_path), prepare.Output(out, SMALL))

@@ -19,6 +19,12 @@ def test_a_url_is_no_path(text):
         files.local_path("--workdir", text)
 
 
+@pytest.mark.parametrize("text", ["", None, 5, {}])
+def test_nothing_is_no_path(text):
+    with pytest.raises(ValueError, match="--workdir: got .*, wanted a path"):
+        files.local_path("--workdir", text)
+
+
 def test_home_is_expanded_and_other_paths_stay(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert files.local_path("x", "~/runs/a") == Path("/home/me/runs/a")

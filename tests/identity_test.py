@@ -99,6 +99,17 @@ def test_another_run_in_the_same_workdir_is_refused(folder):
         train(folder, train={"steps": 8})
 
 
+def test_a_prompt_that_is_too_long_is_found_before_training(folder):
+    with pytest.raises(ValueError, match="sampling.prompt: got 20 tokens, wanted fewer than data.seq_len = 16"):
+        train(folder, sampling={"prompt": "x" * 20})
+    assert not (folder / "run").exists()
+
+
+def test_more_candidates_than_tokens_are_refused(folder):
+    with pytest.raises(ValueError, match="softmask.k: got 1000, wanted at most model.vocab_size = 258"):
+        train(folder, softmask={"k": 1000})
+
+
 def test_weights_that_are_not_on_disk_are_no_finished_run(folder, monkeypatch):
     """One warning a failure, an error that names the newest weights, and no summary."""
     save = Checkpointer.save

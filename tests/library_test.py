@@ -92,10 +92,26 @@ def test_infill_fills_the_blanks_alone(model):
     for text, tokens, message in (
         ("no blank", 4, "got no '____' in the text"),
         ("____", 49, "got 49 tokens, wanted at most 48"),
-        ("____", 0, "got tokens=0, wanted at least 1"),
+        ("____", 0, "got tokens=0, wanted a whole number, at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.infill(text, tokens=tokens)
+
+
+def test_wrong_kinds_of_arguments_are_one_line(model):
+    for call, message in (
+        (lambda: model.score("abc"), "score: got 'abc', wanted a list of strings"),
+        (lambda: model.score([5]), "wanted a list of strings"),
+        (lambda: model.score(["x"], draws=2.5), "score: got draws=2.5, wanted at least 2"),
+        (lambda: model.infill(None), "infill: got text None"),
+        (lambda: model.infill("a ____", blank=""), "wanted two strings"),
+        (lambda: model.infill("a ____", tokens="3"), "infill: got tokens='3', wanted a whole number"),
+        (lambda: model.infill("a ____", prompt="b"), "infill: got a prompt, wanted it in the text itself"),
+        (lambda: model.infill("a ____", seed="a"), "config.sampling.seed: got 'a', wanted int"),
+        (lambda: smdlm.load(None), "workdir: got None, wanted a path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_scores_are_labelled_and_belong_to_the_text(model):

@@ -121,6 +121,7 @@ def import_source(
     if weights == "ema" and averaged is None:
         wrong_ema.append("  ema: got none in the file, wanted it because of --weights=ema")
     problems = _wrong_sizes(config, sizes or {}) + _misfits(own, config, softmask) + wrong_ema
+    problems += [f"  {name}: got NaN or inf in it, wanted finite numbers" for name in _non_finite(own.tensors)]
     if problems:
         raise ConversionError(
             f"{source.name}: got weights with {len(problems)} differences, wanted those of an {kind} model of "
@@ -216,6 +217,10 @@ def _omega(tensors: Tensors, softmask: SoftMask | None) -> tuple[dict[str, Any],
     omega = {name: given.get(name, value) for name, value in fresh.items()}
     unused = {n: float(v) for n, v in tensors.items() if n in OMEGA and OMEGA[n] not in omega}
     return omega, sorted(set(fresh) - set(given)), unused
+
+
+def _non_finite(tensors: Tensors) -> list[str]:
+    return [name for name, value in tensors.items() if not np.isfinite(value.astype(np.float32)).all()]
 
 
 def describe(config: DiT) -> str:

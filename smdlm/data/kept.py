@@ -68,9 +68,13 @@ def tokenizer_of_run(workdir: Path, spec: str) -> Tokenizer:
     """
     check_spec(spec)
     folder = workdir / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(folder)
     kind, _, size = spec.partition(":")
+    if folder.exists():
+        tokenizer = load_tokenizer(folder)
+        # A folder of another's vocabulary may have moved; bytes and sizes are what they are called.
+        if tokenizer.name != spec and "hf" not in (kind, tokenizer.name.partition(":")[0]):
+            raise ValueError(f"data.tokenizer: got {spec!r}, wanted {tokenizer.name!r}, that of the run in {workdir}")
+        return tokenizer
     if kind != "bpe":
         return make_tokenizer(spec)
     trained = sorted(workdir.glob(f"bpe-{size}-*.json"))

@@ -143,7 +143,8 @@ class _Job:
             state["shards"] = [*state["shards"], shard.close()]
             print(f"{shard.name}: {shard.blocks:,} blocks", flush=True)
         if not state["shards"]:
-            raise too_short(split, len(packer.waiting), self.config.seq_len)
+            nothing = not self.account.read and self.account.first
+            raise ValueError(nothing) if nothing else too_short(split, len(packer.waiting), self.config.seq_len)
         state["done"] = True
         files.write_json(self.folder / PROGRESS, self.progress)
 
@@ -231,6 +232,9 @@ def _read_progress(folder: Path, settings: dict) -> dict:
                 raise ValueError(f"--out: got an unreadable {folder / name} ({error!r}): delete the folder") from error
             differing = [key for key in settings if there.get(key) != settings[key]]
             other = [f"{key} {settings[key]!r} (there: {there.get(key)!r})" for key in differing]
+            begun = any(split["shards"] if isinstance(split, dict) else split for split in progress["splits"].values())
+            if other and not begun:
+                break  # it failed before anything was written: nothing of it is lost
             if other:
                 raise ValueError(
                     f"--out: got {folder} that holds another preparation: {', '.join(other)}; wanted the same "
