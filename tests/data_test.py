@@ -61,7 +61,7 @@ def test_fields_of_a_source_stand_beside_it():
     assert read_data(source="tfds:x", val_split="test").source == sources.Tfds("x", val_split="test")
     assert read_data(source="prepared:dir").source == Prepared("dir")
     for kind in KINDS:
-        spec = f"{kind}:{'source' if kind == 'stdlib' else 'x'}"
+        spec = f"{kind}:{ {'stdlib': 'source', 'lab': 'sums:1:0'}.get(kind, 'x') }"
         assert spec_of(read_data(source=spec).source) == spec
 
 
