@@ -61,8 +61,9 @@ def test_fields_of_a_source_stand_beside_it():
     assert read_data(source="tfds:x", val_split="test").source == sources.Tfds("x", val_split="test")
     assert read_data(source="prepared:dir").source == Prepared("dir")
     for kind in KINDS:
-        spec = f"{kind}:{ {'stdlib': 'source', 'lab': 'sums:1:0'}.get(kind, 'x') }"
-        assert spec_of(read_data(source=spec).source) == spec
+        target = {"stdlib": "source", "lab": "markov:16:1:0"}.get(kind, "x")
+        beside = {"tokenizer": "bytes", "framing": "stream", "seq_len": 32} if kind == "lab" else {}
+        assert spec_of(read_data(source=f"{kind}:{target}", **beside).source) == f"{kind}:{target}"
 
 
 @pytest.mark.parametrize(
