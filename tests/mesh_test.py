@@ -99,7 +99,6 @@ def child(folder):
                 subject = Subject(
                     objective=objective,
                     params=params,
-                    weights="",
                     token_bytes=np.ones(23, np.int32),
                     batches=lambda blocks, size, part=part: [part, part],
                     place=lambda x, mesh=mesh: place(mesh, x),
