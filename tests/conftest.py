@@ -93,6 +93,14 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_end_with_their_file():
+    """Every compiled program holds memory mappings, of which Linux allows a process 65,530: the programs of the whole
+    suite are more than that, and the next one then crashes inside the compiler."""
+    yield
+    jax.clear_caches()
+
+
 def environment(devices):
     """Of a child process with so many CPU devices, which finds the package and the tests' helpers."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
