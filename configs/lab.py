@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
             temperature=dict(count=512, steps=64, temperature=0.9),
         ),
         metrics="lab",
-        score="lab_excess_nats",
+        scores=("lab_excess_nats",),
         show=(
             "lab_excess_nats",
             "lab_divergence",

@@ -234,7 +234,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         "omega": {gate.labels[name]: float(value) for name, value in readable.items()},
         "evaluated": f"validation, fixed masks, {described_weights(config.eval.omega)}",
         **{f"val_{name}": value.mean for name, value in values.items()},
-        "values": {name: dataclasses.asdict(value) for name, value in values.items()},
+        "values": {name: value.plain() for name, value in values.items()},
         "forwards_per_sample": sampled.forwards,
         "samples": sampled.texts[:3],
     }

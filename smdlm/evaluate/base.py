@@ -33,6 +33,10 @@ class Value:
     unit: str
     label: str
 
+    def plain(self) -> dict[str, Any]:
+        """For JSON: the four fields above, whatever else a kind of value has."""
+        return {"mean": self.mean, "interval": self.interval, "unit": self.unit, "label": self.label}
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:

@@ -27,21 +27,13 @@ import numpy as np
 from smdlm.data.lab import Law, Markov, Sums, symbols_of
 from smdlm.evaluate.base import NORMAL_95, Subject, Value, ratio
 from smdlm.evaluate.likelihood import Likelihood
+from smdlm.evaluate.samples import Ratio
 from smdlm.mesh.arrays import fetch
 from smdlm.objective import counted
 
 FLOOR = 1e-4  # what an impossible transition is charged as: 9.2 nats. Possible ones have at least 1e-3.
 TRUE_DRAWS = 8  # sets of true samples beside the model's
 LONGEST = 3  # n-grams
-
-
-def rows_of(law: Law, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """The one number of each sample [N] by which models are compared, 0 on average for true samples, less is better:
-    excess nats per token of a chain, share of lines that are not true of sums."""
-    symbols = symbols_of(law, ids)
-    if isinstance(law, Markov):
-        return {"lab_excess_nats": _costs(law, symbols).mean(1) - law.entropy_rate}
-    return {"lab_untrue": 1.0 - law.true_lines(symbols).mean(1)}
 
 
 def values_of(law: Law, ids: np.ndarray) -> dict[str, Value]:
@@ -60,11 +52,12 @@ def values_of(law: Law, ids: np.ndarray) -> dict[str, Value]:
 def markov_values(law: Markov, ids: np.ndarray) -> dict[str, Value]:
     """Excess nats, impossible transitions, entropies and distances of n-grams of samples [N, L]."""
     symbols = symbols_of(law, ids)
-    excess, impossible = rows_of(law, ids)["lab_excess_nats"], (_costs(law, symbols) == -np.log(FLOOR)).mean(1)
+    costs = _costs(law, symbols)
+    excess, impossible = costs.mean(1) - law.entropy_rate, (costs == -np.log(FLOOR)).mean(1)
     mine, true = _counted_values(law, symbols), _true_values(law, *ids.shape)
     values = {
-        "lab_excess_nats": Value(*_mean(excess), "nats/token", "samples above the entropy rate"),
-        "lab_impossible": Value(*_mean(impossible), "share", "impossible transitions"),
+        "lab_excess_nats": Ratio.of(excess, None, "nats/token", "samples above the entropy rate"),
+        "lab_impossible": Ratio.of(impossible, None, "share", "impossible transitions"),
     }
     for name, (unit, label) in _COUNTED.items():
         values[f"lab_{name}"] = Value(mine[name], None, unit, label)
@@ -142,8 +135,8 @@ def sums_values(law: Sums, ids: np.ndarray) -> dict[str, Value]:
     entropy = float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
     lines = np.full(len(ids), formed.shape[1])
     values = {
-        "lab_well_formed": Value(*ratio(formed.sum(1), lines), "share", "lines well formed"),
-        "lab_untrue": Value(*ratio((~true).sum(1), lines), "share", "lines not true"),
+        "lab_well_formed": Ratio.of(formed.sum(1), lines, "share", "lines well formed"),
+        "lab_untrue": Ratio.of((~true).sum(1), lines, "share", "lines not true"),
         "lab_operand_entropy": Value(entropy, None, "nats", f"entropy of operands (at most {_most(law, formed):.2f})"),
     }
     if formed.any():
@@ -163,11 +156,6 @@ def _most(law: Sums, formed: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------- evaluators
 
 
-def _mean(rows: np.ndarray) -> tuple[float, float]:
-    """(mean, half-width of its 95 % interval) over samples."""
-    return ratio(rows, np.ones(len(rows)))
-
-
 def _law(subject: Subject) -> Law:
     if subject.law is None:
         raise ValueError("eval.metrics: got 'lab' for data whose law is not known, wanted data.source='lab:..'")
@@ -181,10 +169,6 @@ class LabSamples:
     def run(self, subject: Subject) -> dict[str, Value]:
         """See `markov_values` and `sums_values`."""
         return values_of(_law(subject), subject.sample())
-
-    def rows(self, subject: Subject) -> dict[str, np.ndarray]:
-        """See `rows_of`."""
-        return rows_of(_law(subject), subject.sample())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def write_record(path: Path, record: Record) -> None:
     terms, rows = {}, []
     for metric, values in record.values.items():
         for name, value in values.items():
-            row = {f.name: getattr(value, f.name) for f in dataclasses.fields(Value)}
+            row = value.plain()
             if isinstance(value, Ratio):
                 terms[name] = np.stack([value.amounts, value.sizes])
                 row["exp"] = value.exp

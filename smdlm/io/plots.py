@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,26 @@ from smdlm import files
 from smdlm.evaluate.base import Value
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Points x, y, with half-widths of intervals of y if there are any."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    interval: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Curves by their labels. lines: False draws points alone. logarithmic: the x axis."""
+
+    xlabel: str
+    ylabel: str
+    curves: Mapping[str, Curve]
+    lines: bool = True
+    logarithmic: bool = False
 
 
 def draw_loss(rows: Rows, values: Mapping[str, Value], path: Path) -> None:
@@ -45,6 +66,20 @@ def draw_omega(rows: Rows, labels: Mapping[str, str], path: Path) -> None:
     for axis, (label, (x, y)) in zip(axes, curves.items(), strict=True):
         axis.plot(x, y)
         axis.set(title=f"ω {label}", xlabel="step")
+    _save(figure, path)
+
+
+def draw_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Panels side by side, with one legend."""
+    figure, axes = _figure(len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        for label, curve in panel.curves.items():
+            style = {"marker": "o", "markersize": 3, "linestyle": "-" if panel.lines else "none"}
+            axis.errorbar(curve.x, curve.y, yerr=curve.interval, label=label, capsize=2, **style)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.logarithmic and panel.curves:
+            axis.set_xscale("log", base=2)
+    axes[0].legend(fontsize="small")
     _save(figure, path)
 
 

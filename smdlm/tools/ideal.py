@@ -10,8 +10,7 @@ import argparse
 import numpy as np
 
 from smdlm.data.lab import law
-from smdlm.evaluate.base import ratio
-from smdlm.evaluate.lab import ideal_samples, rows_of
+from smdlm.evaluate.lab import ideal_samples, values_of
 
 
 def main() -> None:
@@ -28,9 +27,10 @@ def main() -> None:
     letters = np.array([ord(character) for character in true.alphabet])
     for steps in map(int, given.steps.split(",")):
         ids = letters[ideal_samples(true, given.count, given.length, steps, seed=0)]
-        for name, rows in rows_of(true, ids).items():
-            mean, interval = ratio(rows, np.ones(len(rows)))
-            print(f"{steps:5} steps  {name} {mean:.3f} ± {interval:.3f}", flush=True)
+        values = values_of(true, ids)
+        name = "lab_excess_nats" if "lab_excess_nats" in values else "lab_untrue"
+        value = values[name]
+        print(f"{steps:5} steps  {name} {value.mean:.3f} ± {value.interval:.3f}", flush=True)
 
 
 if __name__ == "__main__":

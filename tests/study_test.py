@@ -1,0 +1,185 @@
+"""Studies: which cells there are, what the page says of pairs and seeds, and that nothing is done twice."""
+
+import csv
+
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import lab as lab_config
+from smdlm import study
+from smdlm.evaluate.base import Value
+from smdlm.evaluate.record import Record, read_record
+from smdlm.evaluate.samples import Ratio, paired
+from smdlm.study.page import Done, csv_of, page, panels
+from smdlm.study.plan import read_study
+
+
+def study_config(**changed):
+    """The smallest study: two runs, two numbers of steps."""
+    config = ml_collections.ConfigDict()
+    config.model = dict(width=16, depth=1, heads=2, cond=8, vocab_multiple=1)
+    config.data = dict(source="lab:markov:4:1:0", tokenizer="bytes", seq_len=8, batch_size=4)
+    config.softmask = dict(p_sm=0.5)
+    config.optimizer = dict(warmup=0)
+    config.train = dict(steps=2, log_every=1, save_every=2)
+    config.sampling = dict(count=2, top_p=1.0)
+    config.eval = dict(blocks=4, batch_size=4, chain=0)
+    runs = dict(binary=dict(softmask=dict(p_sm=0.0)), softmask=dict())
+    fields = dict(
+        runs=runs,
+        baseline="binary",
+        grids=dict(nfe=dict(count=64, steps=(2, 4))),
+        metrics="lab",
+        scores=("lab_excess_nats",),
+        show=("lab_tv_2",),
+    )
+    config.study = {**fields, **changed}
+    return config
+
+
+def test_cells_are_runs_seeds_and_settings():
+    made, cells = read_study(study_config(seeds=2))
+    assert [cell.name.rpartition("-")[0] for cell in cells][:3] == [
+        "binary-seed0-count64-steps2",
+        "binary-seed0-count64-steps4",
+        "softmask-seed0-count64-steps2",
+    ]
+    assert len(cells) == 8 and len({cell.name for cell in cells}) == 8
+    last = cells[-1]
+    assert last.config.sampling.steps == 4 and last.config.sampling.seed == last.config.train.seed == 1
+    assert last.trained.sampling.count == 2 and last.config.sampling.count == 64
+    assert [cell.config.softmask.p_sm for cell in cells[1:3]] == [0.0, 0.5]
+
+
+def test_a_run_may_be_sampled_by_some_grids_only():
+    grids = dict(nfe=dict(count=64, steps=(2, 4)), once=dict(count=8))
+    made, cells = read_study(study_config(grids=grids, only=dict(softmask=("once",))))
+    assert [(cell.run, dict(cell.changed)) for cell in cells] == [
+        ("binary", {"count": 64, "steps": 2}),
+        ("binary", {"count": 64, "steps": 4}),
+        ("binary", {"count": 8}),
+        ("softmask", {"count": 8}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed, match",
+    [
+        ({"runs": {"binary": {}}}, "wanted two runs"),
+        ({"baseline": "ar"}, "baseline"),
+        ({"seeds": 0}, "seeds: got 0"),
+        ({"metrics": "mauve"}, "study.metrics: got 'mauve'"),
+        ({"plot": True}, "other fields"),
+        ({"grids": {"a": {"stepz": 3}}}, "stepz"),
+        ({"runs": {"binary": {}, "b": {"softmask": {"p_sm": 2.0}}}}, "p_sm"),
+    ],
+)
+def test_a_bad_study_is_one_line(changed, match):
+    with pytest.raises(ValueError, match=match) as error:
+        read_study(study_config(**changed))
+    assert "\n" not in str(error.value)
+
+
+def done_cells(cells, rows):
+    """Cells whose excess of each sample is rows(cell) [N]."""
+    cost = {"forwards": 2.0, "wall_s": 1.0, "flops_per_sample": 1e6}
+    found = []
+    for cell in cells:
+        values = {
+            "lab_excess_nats": Ratio.of(rows(cell), None, "nats/token", "excess"),
+            "lab_tv_2": Value(0.25, None, "", ""),
+        }
+        found.append(Done(cell.run, cell.seed, cell.changed, Record({}, {"lab": {}}, {"lab": values}, cost)))
+    return found
+
+
+def test_the_verdict_counts_pairs_and_seeds():
+    """Noise that both runs share drops out of their difference; three seeds that disagree widen its interval."""
+    made, cells = read_study(study_config(seeds=3))
+    random = np.random.RandomState(0)
+    shared = {seed: random.normal(1.0, 1.0, 64) for seed in range(3)}
+    better = {2: (-0.1, -0.1, -0.1), 4: (-0.6, 0.3, -0.1)}
+
+    def rows(cell):
+        gain = better[cell.changed["steps"]][cell.seed] if cell.run == "softmask" else 0.0
+        return shared[cell.seed] + gain + random.normal(0, 0.02, 64)
+
+    done = done_cells(cells, rows)
+    summary = {"steps": 2, "wall_s": 60.0, "parameters": 9, "omega": {}, "values": {"bits": {"mean": 1.5}}}
+    lines = page(made, done, len(cells), {"binary": [summary]}).splitlines()
+    assert "12 of 12 cells, 3 seeds" in lines[0]
+    differences = {line.split(" | ")[0]: line.split(" | ")[3] for line in lines if line.startswith("| count")}
+    mean, interval = map(float, differences["| count 64 steps 2"].strip(" |").split(" ± "))
+    assert mean == pytest.approx(-0.1, abs=0.01) and interval < 0.02
+    mean, interval = map(float, differences["| count 64 steps 4"].strip(" |").split(" ± "))
+    assert mean == pytest.approx(-0.13, abs=0.01) and interval > 1
+    assert "softmask better than binary beyond the interval at: count 64 steps 2." in lines
+    assert "| binary | 2 | 1.0 | 9 | 1.500 |" in lines
+
+
+def test_csv_and_panels_hold_every_cell():
+    made, cells = read_study(study_config(front="lab_tv_2"))
+    done = done_cells(cells, lambda cell: np.arange(3.0) + cell.changed["steps"])
+    rows = list(csv.DictReader(csv_of(done).splitlines()))
+    assert (
+        len(rows) == 8
+        and rows[0]["mean"] == "3.0"
+        and rows[0]["steps"] == "2"
+        and rows[0]["value"] == "lab_excess_nats"
+    )
+    forwards, seconds, front = panels(made, done)
+    assert list(forwards.curves) == ["binary", "softmask"] and forwards.curves["binary"].y == [3.0, 5.0]
+    assert front.curves["softmask"].x == [0.25, 0.25] and front.curves["softmask"].y == [3.0, 5.0]
+
+
+def test_a_score_that_no_metric_gives_is_one_line():
+    made, cells = read_study(study_config(scores=("perplexity",)))
+    with pytest.raises(ValueError, match="study.scores: got 'perplexity', wanted one of the values lab_excess_nats"):
+        page(made, done_cells(cells, lambda cell: np.ones(3)), 4, {})
+
+
+def test_generative_perplexity_needs_a_scorer(tmp_path):
+    with pytest.raises(ValueError, match="study.scorer: got none"):
+        study.run(study_config(metrics="generative_perplexity"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_study_continues(tmp_path, monkeypatch, capsys):
+    """Cells whose values are gone are scored again from their samples, without the weights; a new metric likewise."""
+    study.run(study_config(), tmp_path)
+    printed = capsys.readouterr().out
+    assert "4 of 4 cells" in printed and (tmp_path / "study.md").read_text() in printed
+    assert len(list((tmp_path / "cells").glob("*.jsonl"))) == len(list((tmp_path / "cells").glob("*.npz"))) == 4
+    results = sorted((tmp_path / "cells").glob("*.json"))
+    before = read_record(results[-1])
+    results[-1].write_text('{"format"')  # cut off
+    monkeypatch.setattr(study, "_sample", None)  # nothing is trained or sampled again
+    study.run(study_config(), tmp_path)
+    assert "0 of 4 left" in capsys.readouterr().out
+    after = read_record(results[-1])
+    assert {n: v.plain() for n, v in after.values["lab"].items()} == {
+        n: v.plain() for n, v in before.values["lab"].items()
+    }
+    study.run(study_config(metrics="lab,entropy", show=("sample_entropy",)), tmp_path)
+    assert "sample_entropy" in (tmp_path / "study.md").read_text() and (tmp_path / "study.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_soft_masking_brings_samples_nearer_to_the_truth(tmp_path):
+    """The effect of the paper at the size of a test: beyond the interval, and by a tenth of a nat per token."""
+    config = lab_config.get_config()
+    config.model.update(width=64, depth=2, heads=2)
+    config.data.update(source="lab:markov:16:1:0", seq_len=32)
+    config.train.update(steps=300, log_every=100, save_every=300)
+    config.eval = dict(blocks=64, batch_size=64, chain=0)
+    config.sampling.update(count=256, steps=32)
+    config.study.grids = dict(nfe=dict(count=256, steps=32))
+    study.run(config, tmp_path)
+    found = {run: read_record(next((tmp_path / "cells").glob(f"{run}-*.json"))) for run in config.study.runs}
+    difference, interval = paired(*(found[run].value("lab_excess_nats") for run in ("softmask", "binary")))
+    assert difference - interval > 0.1
+    assert (
+        "softmask better than binary beyond the interval at: count 256 steps 32." in (tmp_path / "study.md").read_text()
+    )
