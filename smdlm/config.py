@@ -16,7 +16,7 @@ import ml_collections
 from smdlm.data.config import KINDS, DataConfig
 from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
-from smdlm.evaluate import EVALUATORS
+from smdlm.evaluate import EVALUATORS, SAMPLE_METRICS
 from smdlm.evaluate.base import Evaluator, check_omega
 from smdlm.full_softmask import OPERATORS
 from smdlm.mesh.rules import MeshConfig
@@ -98,13 +98,17 @@ class EvalConfig:
     Attributes:
       metrics: of evaluate.EVALUATORS, several joined by commas.
       omega: 'ema', or 'live': the last omega beside the averaged backbone (the reference's EMA leaves omega out).
+      samples: of evaluate.SAMPLE_METRICS, joined by commas: what is measured on the samples at the end of a run.
     """
 
     metrics: tuple[Evaluator, ...]
     omega: str = "ema"
+    samples: str = ""
 
     def __post_init__(self):
         check_omega("eval.omega", self.omega)
+        for name in filter(None, self.samples.split(",")):
+            pick("eval.samples", name, SAMPLE_METRICS)
 
 
 @dataclasses.dataclass(frozen=True)

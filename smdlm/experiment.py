@@ -20,7 +20,10 @@ from absl import logging
 from smdlm.build import Experiment
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
+from smdlm.evaluate import SAMPLE_METRICS
 from smdlm.evaluate.base import Subject, Value, weights
+from smdlm.evaluate.samples import Samples
+from smdlm.evaluate.text import words
 from smdlm.files import local_path
 from smdlm.identity import diverged
 from smdlm.io.checkpoint import Checkpointer, checkpointer_of
@@ -107,6 +110,22 @@ def sample_records(experiment: Experiment, sampled: Sampled) -> list[dict[str, A
         {"text": text, "ids": ids.tolist(), "number": i, **shared}
         for i, (text, ids) in enumerate(zip(sampled.texts, sampled.ids, strict=True))
     ]
+
+
+def sample_values(experiment: Experiment, sampled: Sampled) -> dict[str, Value]:
+    """What config.eval.samples asks of these samples."""
+    names = [name for name in experiment.config.eval.samples.split(",") if name]
+    known = known_words(experiment) if "real_words" in names else frozenset()
+    fingerprint = experiment.vocabulary.fingerprint
+    samples = Samples(tuple(sampled.texts), sampled.ids, fingerprint, known_words=known)
+    return {name: value for metric in names for name, value in SAMPLE_METRICS[metric]().run(samples).items()}
+
+
+def known_words(experiment: Experiment) -> frozenset[str]:
+    """The words of the training text, of its first two million tokens."""
+    blocks = experiment.data.train
+    few = range(min(len(blocks), 2**21 // experiment.config.data.seq_len))
+    return frozenset(words(experiment.vocabulary.decode(np.concatenate([blocks[i] for i in few]))))
 
 
 # ---------------------------------------------------------------------------------------------------------- restoring
@@ -218,9 +237,9 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     with diverged(workdir):
         state, tokens_per_s = run(state, training, data.get("pending", []))
     check_saved(checkpointer, config.updates)
-    values = evaluate_state(state)
-    writer.values(config.updates, values)
     sampled = sample(experiment, weights(state.ema, state.params, config.sampling.omega))
+    values = {**evaluate_state(state), **sample_values(experiment, sampled)}
+    writer.values(config.updates, values)
     writer.samples(f"step_{config.updates:08d}", sample_records(experiment, sampled))
     gate = experiment.denoiser.softmask.gate if experiment.denoiser.softmask else None
     writer.curves(values, gate.labels if gate else {})

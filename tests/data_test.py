@@ -24,7 +24,7 @@ from smdlm.data.text import batches, load
         ({"spec": "text:"}, "data.source: got 'text:'"),
         (
             {"spec": "stdlib:comments"},
-            "data.source: got 'stdlib:comments', wanted 'stdlib:docstrings' | 'stdlib:source'",
+            "data.source: got 'stdlib:comments', wanted 'stdlib:docstrings' | 'stdlib:prose' | 'stdlib:source'",
         ),
         ({"spec": "text:gs://bucket/a.txt"}, "data.source: got the URL gs://bucket/a.txt, wanted a local path"),
         ({"spec": "prepared:s3://bucket/dir"}, "data.source: got the URL s3://bucket/dir, wanted a local path"),

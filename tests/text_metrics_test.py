@@ -1,12 +1,13 @@
 """Metrics of text alone, and the files they read: hand-counted values, and every way in which a file is bad."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from smdlm.evaluate.samples import Ratio, Samples, append, facts, in_batches, kept, paired, read_samples
-from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, Repetition
+from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, RealWords, Repetition
 
 
 def samples(*texts, ids=None):
@@ -36,6 +37,16 @@ def test_repetition_and_duplicates():
     got = means(Repetition(2), "a b a b", "a b c", "a b c", "x")
     assert got["repeated_2"] == pytest.approx((1 / 3 + 0 + 0) / 3) and got["duplicates"] == pytest.approx(1 / 4)
     assert list(means(Repetition(4), "a b c", "a")) == ["duplicates"]
+
+
+def test_real_words_stand_in_the_training_text():
+    """Four letters or more, in any case; the words at both ends may be cut."""
+    texts = ("urn Return the lisst of Values strin", "a b c", "Lists, values; the_mapping")
+    samples = Samples(texts, np.zeros((3, 4), np.int32), known_words=frozenset({"return", "values", "lists"}))
+    value = RealWords().run(samples)["real_words"]
+    assert value.amounts.tolist() == [2, 0, 1] and value.sizes.tolist() == [3, 0, 1]
+    with pytest.raises(ValueError, match="real_words: got samples without their training text"):
+        RealWords().run(dataclasses.replace(samples, known_words=frozenset()))
 
 
 def test_blank_means_without_letter_or_digit():

@@ -1,8 +1,10 @@
-"""The built-in corpus: the Python standard library that runs this program, as source code or as its docstrings."""
+"""The built-in corpus: the Python standard library that runs this program, as source code, as its docstrings, or as
+their prose alone."""
 
 import ast
 import hashlib
 import inspect
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from smdlm.data.readers import key_bytes
 
-PARTS = ("docstrings", "source")
+PARTS = ("docstrings", "prose", "source")
 # Tests; packages of others; and files that a program wrote: character maps, the help topics of pydoc and the record
 # of how this interpreter was built, which is different on every machine.
 LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -32,9 +34,9 @@ def files() -> list[tuple[str, Path]]:
 
 
 def documents(part: str) -> list[tuple[str, str]]:
-    """(relative path, text) of each file: the whole 'source', or its 'docstrings' joined by blank lines.
+    """(relative path, text) of each file: the whole 'source', its 'docstrings' joined by blank lines, or their 'prose'.
 
-    Files that are not UTF-8 and files without a docstring (for that part) are left out. Takes 1 to 3 seconds.
+    Files that are not UTF-8 and files without a docstring (for those parts) are left out. Takes 1 to 3 seconds.
     """
     texts = ((name, document_text(path, part)) for name, path in files())
     return [(name, text) for name, text in texts if text]
@@ -46,7 +48,10 @@ def document_text(path: Path, part: str) -> str:
         source = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:
         return ""
-    return source if part == "source" else "\n\n".join(_docstrings(source))
+    if part == "source":
+        return source
+    docstrings = _docstrings(source)
+    return "\n\n".join(docstrings) if part == "docstrings" else "\n".join(_prose(docstrings))
 
 
 def _docstrings(source: str) -> list[str]:
@@ -56,6 +61,20 @@ def _docstrings(source: str) -> list[str]:
         tree = ast.parse(source)
     found = (ast.get_docstring(node, clean=False) for node in _owners(tree))
     return [text for text in (inspect.cleandoc(raw) for raw in found if raw) if text]
+
+
+def _prose(docstrings: list[str]) -> list[str]:
+    """Their paragraphs of sentences, a line each. Tables, examples and lists of names, which are made of columns and
+    signs, teach a small model to write blanks."""
+    paragraphs = (" ".join(text.split()) for doc in docstrings for text in re.split(r"\n\s*\n", doc) if _is_prose(text))
+    return [text for text in paragraphs if len(text) >= 40]
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether nothing stands in columns and letters and spaces make up nine tenths."""
+    columns = any(re.search(r"\S {2,}\S", line.replace(".  ", ". ")) for line in paragraph.splitlines())
+    plain = sum(character.isalpha() or character.isspace() for character in paragraph)
+    return not columns and ">>>" not in paragraph and plain >= 0.9 * len(paragraph)
 
 
 def _owners(node: ast.AST) -> Iterator[ast.AST]:

@@ -53,7 +53,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Stdlib:
-    """The standard library of the running Python, a document a file: its 'docstrings' or its 'source'."""
+    """The standard library of the running Python, a document a file: 'docstrings', their 'prose', or the 'source'."""
 
     part: str
 

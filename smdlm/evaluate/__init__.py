@@ -4,7 +4,7 @@ from smdlm.evaluate.base import Evaluator
 from smdlm.evaluate.lab import LabLikelihood, LabSamples
 from smdlm.evaluate.likelihood import Likelihood
 from smdlm.evaluate.samples import SampleMetric
-from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, Repetition
+from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, RealWords, Repetition
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "likelihood": Likelihood,
@@ -17,5 +17,6 @@ SAMPLE_METRICS: dict[str, type[SampleMetric]] = {
     "distinct": Distinct,
     "repetition": Repetition,
     "blank": Blank,
+    "real_words": RealWords,
     "code": Code,
 }

@@ -69,6 +69,7 @@ class Samples:
       tokenizer: fingerprint of its tokenizer, '' if unknown.
       cache: folder where slow metrics keep what they have computed, None for nowhere.
       settings: of the sampler, as the file tells; {} if unknown.
+      known_words: those of the training text, where that is at hand.
     """
 
     texts: tuple[str, ...]
@@ -76,6 +77,7 @@ class Samples:
     tokenizer: str = ""
     cache: Path | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known_words: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -103,6 +104,30 @@ class Blank:
     def run(self, samples: Samples) -> dict[str, Value]:
         blank = [not any(map(str.isalnum, text)) for text in samples.texts]
         return {"blank": Ratio.of(blank, None, "share (blank)", "samples")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RealWords:
+    """real_words: share of the words of four letters or more that stand in the training text.
+
+    The first and the last word of a sample are not asked: the canvas may have cut them.
+    """
+
+    def run(self, samples: Samples) -> dict[str, Value]:
+        if not samples.known_words:
+            raise ValueError("real_words: got samples without their training text, wanted those of a run's end")
+        rows = [words(text)[1:-1] for text in samples.texts]
+        rows = [[word for word in row if len(word) >= 4] for row in rows]
+        real = [sum(word in samples.known_words for word in row) for row in rows]
+        counts = np.array([len(row) for row in rows])
+        if not counts.any():
+            return {}
+        return {"real_words": Ratio.of(real, counts, "share (real words)", "samples")}
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, in lower case."""
+    return re.findall(r"[^\W\d_]+", text.lower())
 
 
 @dataclasses.dataclass(frozen=True)
