@@ -22,6 +22,7 @@ from smdlm.files import local_path
 from smdlm.mesh.rules import MeshConfig
 
 BLANK = "____"
+CONTEXT = 1024  # tokens that a converted decoder, whose positions have no end, is shown at once
 
 
 def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
@@ -29,7 +30,7 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
 
     Args:
       workdir: of `smdlm.main`, or of `smdlm.convert import`.
-      config: a config file, for a converted checkpoint, which has none of its own; else that of the run is used.
+      config: a config file; without one that of the run is used, and a converted decoder or GPT-2 describes itself.
 
     Raises:
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
@@ -38,7 +39,11 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
     checkpointer = experiment.checkpointer_of(workdir)
     if checkpointer.latest_step() is None:
         raise FileNotFoundError(f"got no checkpoint in {checkpointer.directory}, wanted a trained run")
-    settings = checkpointer.read_meta().get("config") if config is None else command.load_config(config).to_dict()
+    if config is not None:
+        settings = command.load_config(config).to_dict()
+    else:
+        meta = checkpointer.read_meta()
+        settings = meta.get("config") or _described(meta, workdir)
     if settings is None:
         raise ValueError(
             f"{workdir}: got a converted checkpoint, wanted its config beside it: load(workdir, config=FILE)"
@@ -49,6 +54,21 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
     with jax.set_mesh(mesh):
         params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
     return Trained(assembled, params, step, settings)
+
+
+def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
+    """The config of a converted decoder or GPT-2; None for other checkpoints, which do not say how long a text is."""
+    kind = meta.get("convert", {}).get("kind")
+    if kind not in ("decoder", "gpt2"):
+        return None
+    data = {"source": "stdlib:docstrings", "tokenizer": f"hf:{workdir / 'tokenizer'}"}
+    model = meta["model"]
+    return {
+        "model": {"name": kind, **model},
+        "data": {**data, "seq_len": min(CONTEXT, model.get("positions", CONTEXT)), "batch_size": 1},
+        "softmask": {"p_sm": 0.0},
+        "train": {"steps": 1},
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def tokenizer_of_run(workdir: Path, spec: str) -> Tokenizer:
     check_spec(spec)
     folder = workdir / "tokenizer"
     kind, _, size = spec.partition(":")
-    if folder.exists():
+    if folder.exists() and spec != f"hf:{folder}":  # a conversion leaves there what Hugging Face's folder had
         tokenizer = load_tokenizer(folder)
         # A folder of another's vocabulary may have moved; bytes and sizes are what they are called.
         if tokenizer.name != spec and "hf" not in (kind, tokenizer.name.partition(":")[0]):
