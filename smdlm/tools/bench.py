@@ -63,8 +63,8 @@ class Size:
     canvases: int = 0
 
 
-# Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a trajectory be long
-# enough for most positions to be still masked at a step, or already committed, as in a real one.
+# Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a step commit few of
+# the masked positions, as in a real trajectory.
 ACCELERATOR = {"dtype": "bfloat16", "chunk": 2048, "canvases": 64, "steps": 32}
 SIZES = {
     "tiny": Size(128, 4, 4, 128, 32, 258, 512, 32),
@@ -188,7 +188,7 @@ def _parts(denoiser: Denoiser, readout: Readout, params: Any, batch: Any, repeat
 
 def step_flops(denoiser: Denoiser, params: Any, size: Size) -> float:
     """Of the mathematics of a soft-masked step: pass one, pass two, and twice that for its backward pass."""
-    head = 2 * denoiser.head(params).matrix.size / 2  # half of the tokens are read out
+    head = 2 * denoiser.model.head(params["backbone"]).matrix.size / 2  # half of the tokens are read out
     return 4 * size.batch * size.length * (denoiser.model.flops(size.length) + head)
 
 
