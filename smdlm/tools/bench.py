@@ -63,8 +63,8 @@ class Size:
     canvases: int = 0
 
 
-# Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a step commit few of
-# the masked positions, as in a real trajectory.
+# Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a step commit few
+# of the masked positions, as in a real trajectory.
 ACCELERATOR = {"dtype": "bfloat16", "chunk": 2048, "canvases": 64, "steps": 32}
 SIZES = {
     "tiny": Size(128, 4, 4, 128, 32, 258, 512, 32),
