@@ -29,7 +29,9 @@ from smdlm.ops.chunks import Axes, Chunk, fold_chunks, in_cache, selected_rows, 
 from smdlm.ops.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback
 
-DRAWN = 256  # positions of a chunk of draws: enough for its product with the head to outweigh reading the head
+# Positions of a chunk of draws: enough for its product with the head to outweigh reading the head; on a GPU for a pass
+# over its logits to outweigh starting a kernel.
+DRAWN = {"cpu": 256, "tpu": 256, "gpu": 512}
 EXCLUDED = -1e30  # logit of ids that are never predicted; finite, so that 0 * logit stays 0 in the entropy
 
 
@@ -109,7 +111,9 @@ class Readout:
             return _as_feedback(chunk.into(nothing, found), masked_BxL)
 
         def body(chunk: Chunk, carry: Any) -> Any:
-            return chunk.into(carry, vocab.statistics(head.logits(chunk.of(hidden_NxD)), self.k))
+            logits_CxV = head.logits(chunk.of(hidden_NxD))
+            values_CxK, ids_CxK = vocab.top_k(logits_CxV, self.k)
+            return chunk.into(carry, (ids_CxK, *vocab.statistics(logits_CxV, values_CxK)))
 
         size = min(self.chunk, masked_N.size)
         return _as_feedback(fold_chunks(masked_N, size, axes, body, nothing), masked_BxL)
@@ -126,10 +130,11 @@ class Readout:
         hidden_NxD, masked_N, u_N = hidden_BxLxD.reshape(masked_BxL.size, -1), masked_BxL.reshape(-1), u_BxL.reshape(-1)
 
         def candidates(logits_CxV: jax.Array, u_C: jax.Array) -> Any:
-            statistics = vocab.statistics(logits_CxV, self.k)
+            values_CxK, ids_CxK = vocab.top_k(logits_CxV, self.k)
+            statistics = (ids_CxK, *vocab.statistics(logits_CxV, values_CxK))
             if filters.temperature == 0:
-                return statistics[0][:, 0], jnp.zeros(u_C.shape), statistics
-            probs_CxV = filters.probs(logits_CxV)
+                return ids_CxK[:, 0], jnp.zeros(u_C.shape), statistics
+            probs_CxV = filters.probs(logits_CxV, values_CxK[:, :1])
             ids_C, total_C = inverse_cdf(probs_CxV, u_C)
             return ids_C, jnp.log(jnp.take_along_axis(probs_CxV, ids_C[:, None], 1)[:, 0] / total_C), statistics
 
@@ -138,7 +143,7 @@ class Readout:
             return chunk.into(carry, in_cache(candidates, logits_CxV, chunk.of(u_N)))
 
         nothing = jnp.zeros(masked_N.size, jnp.int32), jnp.zeros(masked_N.size), self._no_statistics(masked_N.size)
-        size = min(self.chunk, masked_N.size, DRAWN)
+        size = min(self.chunk, masked_N.size, DRAWN[traced.platform()])
         ids, log_prob, statistics = fold_chunks(masked_N, size, axes, body, nothing)
         shape = masked_BxL.shape
         return Draw(ids.reshape(shape), log_prob.reshape(shape), _as_feedback(statistics, masked_BxL))

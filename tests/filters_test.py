@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smdlm.ops import filters
 from smdlm.ops.filters import Filters, inverse_cdf, nucleus_threshold
 
 # Nucleus
@@ -51,6 +52,30 @@ def test_nucleus_is_that_of_a_sort(rule, kind, vocab):
                 checked += 1
                 np.testing.assert_array_equal(row >= low, wanted)
     assert checked > 60
+
+
+@pytest.mark.parametrize("search", [(16, 4), (3, 0), (2, 9)])
+def test_several_thresholds_a_pass_keep_what_bisection_keeps(search, monkeypatch):
+    """The form of the search that a GPU takes: passes that do not ask whether they are needed, several candidates."""
+    kinds = ("random", "peaked", "flat", "tied", "zipf")
+    probs = jnp.concatenate([distributions(kind, 500, rows=20) for kind in kinds])
+
+    def kept():  # a function of its own, because jit knows nothing of the table
+        return jax.jit(lambda p: [p >= nucleus_threshold(p, 0.9, rule)[:, None] for rule in ("standard", "reference")])
+
+    monkeypatch.setattr(filters, "SEARCH", {})
+    wanted = kept()(probs)
+    monkeypatch.setattr(filters, "SEARCH", {"cpu": search})
+    np.testing.assert_array_equal(kept()(probs), wanted)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_the_largest_logit_may_be_handed_in(temperature):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 300)) * 4, jnp.float32)
+    top = logits.max(-1, keepdims=True)
+    given = Filters(temperature)
+    np.testing.assert_array_equal(given.probs(logits, top), given.probs(logits))
+    np.testing.assert_allclose(given.probs(logits, top + 1.0), given.probs(logits), rtol=1e-5)  # it only shifts
 
 
 def test_rules_differ_by_the_crossing_token():

@@ -4,12 +4,14 @@ pip install -e '.[cuda,test]' && JAX_PLATFORMS=cuda,cpu pytest tests/gpu_test.py
 """
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import L, V, make_batch, make_denoiser, make_params, make_training
+from conftest import L, V, assert_identical, environment, make_batch, make_denoiser, make_params, make_training
 
 from smdlm.models.attention import attention, cudnn_fits
 from smdlm.objective import SoftMaskedDiffusion
@@ -30,7 +32,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not gpus(), reason="no GPU, or JAX_PLATFORMS leaves it out: JAX_PLATFORMS=cuda,cpu"),
 ]
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of the largest entry; f32 products with TF32 off
+# ||difference|| / ||reference|| of a leaf. f32: products with TF32 off. bf16: the CPU's own result is up to .07 from
+# its f32 at these parameters.
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
 
 
 @pytest.fixture(autouse=True)
@@ -39,27 +43,32 @@ def exact_products():
         yield
 
 
-def near(got, wanted, dtype):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+def near(got, wanted, tolerance):
+    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        assert np.abs(g - w).max(initial=0) <= TOLERANCE[dtype] * max(np.abs(w).max(initial=0), 1e-3)
+        off = np.linalg.norm(g - w) / max(np.linalg.norm(w), 1e-3)
+        assert off <= tolerance, f"{jax.tree_util.keystr(path)}: off by {off:.2g}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_forward_loss_and_gradients_are_those_of_the_cpu(dtype):
-    """The CPU's are compared with the public code by tests/golden."""
-    objective = SoftMaskedDiffusion(make_denoiser(dtype=dtype), Readout(k=3, chunk=5), 1.0)
-    reference = SoftMaskedDiffusion(make_denoiser(), Readout(k=3, chunk=5), 1.0)
-    params, batch = make_params(objective.denoiser), make_batch()
+    """Of the CPU in f32, which tests/golden compares with the public code, and in the same precision."""
 
-    def results(objective, device):
+    def results(device, dtype):
+        objective = SoftMaskedDiffusion(make_denoiser(dtype=dtype), Readout(k=3, chunk=5), 1.0)
         with jax.default_device(device):
-            example = objective.corrupt(jax.random.key(0), jax.device_put(batch, device))
-            value = jax.jit(jax.value_and_grad(lambda p: objective(p, example, True, None)[0]))
-            hidden = jax.jit(objective.denoiser)(jax.device_put(params, device), example.canvas)
-            return jax.device_get((hidden, value(jax.device_put(params, device))))
+            params, batch = jax.device_put((make_params(objective.denoiser, noise=0.2), make_batch()), device)
+            example = objective.corrupt(jax.random.key(0), batch)
+            hidden = jax.jit(objective.denoiser)(params, example.canvas)
+            loss, grads = jax.jit(jax.value_and_grad(lambda p: objective(p, example, True, None)[0]))(params)
+        # The gradient of omega is a small difference of large sums: in bf16 the CPU's is .4 from its f32.
+        return jax.device_get((hidden, loss, grads if dtype == "float32" else grads["backbone"]))
 
-    near(results(objective, gpus()[0]), results(reference, jax.devices("cpu")[0]), dtype)
+    got, cpu = results(gpus()[0], dtype), jax.devices("cpu")[0]
+    near(got, results(cpu, dtype), TOLERANCE[dtype])
+    if dtype == "bfloat16":
+        hidden, loss, grads = results(cpu, "float32")
+        near(got, (hidden, loss, grads["backbone"]), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -81,11 +90,20 @@ def test_cudnn_attention_is_xlas(causal, heads, padded):
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(query, key, value)
 
-    near(gradients("auto"), gradients("xla"), "bfloat16")
+    near(gradients("auto"), gradients("xla"), 0.03)
 
 
 def test_a_resumed_run_is_the_straight_run():
-    """Bit for bit on the GPU: three steps, the state to the host and back, three more."""
+    """Bit for bit, where XLA is told to add in a fixed order; in a process of its own, as flags are read once."""
+    flags = environment(1)
+    flags["XLA_FLAGS"] += " --xla_gpu_deterministic_ops=true"
+    flags["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process has most of the memory
+    done = subprocess.run([sys.executable, __file__], env=flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def resume():
+    """Six steps, and three, the state to the host and back, and three more."""
     step, fresh = make_training(SoftMaskedDiffusion(make_denoiser(), Readout(k=3, chunk=5), 0.5))
     straight, resumed = fresh(), fresh()
     for i in range(6):
@@ -95,8 +113,7 @@ def test_a_resumed_run_is_the_straight_run():
             shardings = jax.tree.map(lambda x: x.sharding, resumed)
             resumed = jax.device_put(jax.device_get(resumed), shardings)
         resumed, _ = step(resumed, make_batch(seed=i))
-    for one, two in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(one, two)
+    assert_identical(resumed, straight)
 
 
 def test_a_sample_does_not_depend_on_its_batch_nor_on_the_platform():
@@ -129,3 +146,7 @@ def test_memory_of_a_step_is_what_the_compiler_said():
     peak = gpus()[0].memory_stats()["peak_bytes_in_use"]
     wanted = said.argument_size_in_bytes + said.temp_size_in_bytes
     assert peak < 1.1 * wanted, f"{peak / 2**30:.2f} GiB against {wanted / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    resume()

@@ -10,7 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from smdlm.mesh import traced
+
 BLOCK = 128  # vocabulary ids per block of the two-level inverse CDF; the lane width of a TPU
+
+# Thresholds that a pass of the nucleus search tries, and passes before it first asks whether all rows are done; else
+# (1, 0). On a GPU a pass costs reading the rows from HBM, whatever is done with them, and the question costs a copy to
+# the host: four passes of 16 do what sixteen of one did.
+SEARCH = {"gpu": (16, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +43,15 @@ class Filters:
         if self.top_p_rule not in ("standard", "reference"):
             raise ValueError(f"sampling top_p_rule: got {self.top_p_rule!r}, wanted 'standard' or 'reference'")
 
-    def probs(self, logits: jax.Array) -> jax.Array:
-        """Filtered probabilities, not renormalised: logits [N, V] f32 -> [N, V] f32. Not for temperature 0."""
+    def probs(self, logits: jax.Array, top: jax.Array | None = None) -> jax.Array:
+        """Filtered probabilities, not renormalised: logits [N, V] f32 -> [N, V] f32. Not for temperature 0.
+
+        top: the largest logit of each row [N, 1], for who has it: finding it is a pass over all of them.
+        """
+        top = logits.max(-1, keepdims=True) if top is None else top
         if self.temperature != 1:
-            logits = logits / self.temperature
-        unnormalised = jnp.exp(logits - logits.max(-1, keepdims=True))
+            logits, top = logits / self.temperature, top / self.temperature
+        unnormalised = jnp.exp(logits - top)
         probs = unnormalised / unnormalised.sum(-1, keepdims=True)
         if self.top_p >= 1:
             return probs
@@ -59,10 +70,12 @@ def _float(bits: jax.Array) -> jax.Array:
 def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") -> jax.Array:
     """The smallest probability that top-p keeps: [N, V] f32 -> [N] f32.
 
-    Bisection on the bits of the threshold, whose mass {p >= threshold} falls as it rises: for positive floats the order
+    A search in the bits of the threshold, whose mass {p >= threshold} falls as it rises: for positive floats the order
     of the bits is the order of the values, so half of the steps are spent on the exponent and half inside an octave.
-    A row is done when at most one token lies between the bounds; equal probabilities are kept or dropped together.
+    Each pass over the rows tries M thresholds that part the bounds evenly (`SEARCH`); M = 1 is bisection. A row is done
+    when at most one token lies between the bounds; equal probabilities are kept or dropped together.
     """
+    candidates, sure = SEARCH.get(traced.platform(), (1, 0))
 
     def open_rows(state):
         low, high, mass_low, mass_high = state
@@ -70,24 +83,42 @@ def nucleus_threshold(probs: jax.Array, top_p: float, rule: str = "standard") ->
         # room for the rounding of the two sums.
         return (high - low > 1) & (mass_low - mass_high >= 1.5 * _float(low))
 
-    def halve(state):
+    def narrow(state):
         low, high, mass_low, mass_high = state
-        middle = low + (high - low) // 2
-        mass = jnp.sum(jnp.where(probs >= _float(middle)[:, None], probs, 0.0), -1)
+        step, rest = jnp.divmod(high - low, candidates + 1)
+        tried = [low + j * step + jnp.maximum(rest - candidates - 1 + j, 0) for j in range(1, candidates + 1)]
+        tried_MxN, mass_MxN = jnp.stack(tried), jnp.stack(_masses(probs, [_float(bits) for bits in tried]))
         # 'reference' keeps what does not exceed p, so a mass equal to p belongs to the upper side there.
-        enough = mass >= top_p if rule == "standard" else mass > top_p
+        enough = mass_MxN >= top_p if rule == "standard" else mass_MxN > top_p
         keep = open_rows(state)
-        low, mass_low = jnp.where(keep & enough, middle, low), jnp.where(keep & enough, mass, mass_low)
-        high, mass_high = jnp.where(keep & ~enough, middle, high), jnp.where(keep & ~enough, mass, mass_high)
-        return low, high, mass_low, mass_high
+        enough, short = enough & keep, ~enough & keep
+        # The mass falls with the threshold: the bounds are the last candidate with enough and the first without.
+        return (
+            jnp.maximum(low, jnp.where(enough, tried_MxN, 0).max(0)),
+            jnp.minimum(high, jnp.where(short, tried_MxN, _bits(jnp.float32(jnp.inf))).min(0)),
+            jnp.minimum(mass_low, jnp.where(enough, mass_MxN, jnp.inf).min(0)),
+            jnp.maximum(mass_high, jnp.where(short, mass_MxN, 0).max(0)),
+        )
 
     rows, vocab = probs.shape
     top = probs.max(-1)
     # All tokens below (1 - p) / V together weigh less than 1 - p; halved against rounding of the sum.
     low = jnp.minimum(_bits(jnp.full(rows, 0.5 * (1 - top_p) / vocab, jnp.float32)), _bits(top))
     state = (low, _bits(top) + 1, jnp.ones(rows), jnp.zeros(rows))
-    low, high, _, _ = jax.lax.while_loop(lambda s: jnp.any(open_rows(s)), halve, state)
+    for _ in range(sure):
+        state = narrow(state)
+    low, high, _, _ = jax.lax.while_loop(lambda s: jnp.any(open_rows(s)), narrow, state)
     return _float(low) if rule == "standard" else jnp.minimum(_float(high), top)
+
+
+def _masses(probs: jax.Array, thresholds: list[jax.Array]) -> list[jax.Array]:
+    """The sum of {p >= threshold} of each row [N], for each of the thresholds [N], in one pass over probs [N, V]."""
+    kept = [jnp.where(probs >= threshold[:, None], probs, 0.0) for threshold in thresholds]
+
+    def add(sums: list[jax.Array], terms: list[jax.Array]) -> list[jax.Array]:
+        return [a + b for a, b in zip(sums, terms, strict=True)]
+
+    return jax.lax.reduce(kept, [jnp.float32(0)] * len(kept), add, (1,))
 
 
 def inverse_cdf(probs: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -49,14 +49,13 @@ def top_k(x: jax.Array, k: int, block: int = 128) -> tuple[jax.Array, jax.Array]
     return values, jnp.take_along_axis(ids.reshape(*x.shape[:-1], -1), where, axis=-1)
 
 
-def statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits [C, V] -> (ids [C, K], probs [C, K], neg_entropy [C]) in one exponential per logit."""
-    values, ids = top_k(logits, k)
+def statistics(logits: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits [C, V] and the K largest of each row [C, K] -> (probs [C, K], neg_entropy [C]): one exponential each."""
     shifted = logits - values[:, :1]
     exp = jnp.exp(shifted)
     total = exp.sum(-1)
     entropy = jnp.sum(exp * shifted, -1) / total - jnp.log(total)
-    return ids, jnp.exp(values - values[:, :1]) / total[:, None], entropy
+    return jnp.exp(values - values[:, :1]) / total[:, None], entropy
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,8 +3,9 @@
 Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
 bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
 to none with top-p 0.9 and feedback. Variants are interleaved and medians taken: on a shared machine only the ratios
-within one run mean something. Each size runs in its own process, so that the peak memory is its own. A second line says
-what a soft-masked step is spent on, and on an accelerator (in bf16) which share of its peak is used.
+within one run mean something. Each size runs in its own process, so that the peak memory of training is its own. A
+second line says what a soft-masked step is spent on, and on an accelerator (in bf16) which share of its peak is used.
+There the sampler and the bare forward get 64 canvases, whatever the batch of training is.
 
 python -m smdlm.tools.performance writes these figures, those of meshes and of accelerators to docs/performance.md.
 """
@@ -45,7 +46,10 @@ from smdlm.train import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """width, depth, heads, length L, batch B, vocabulary V; chunk: tokens per readout step; sampler steps timed."""
+    """width, depth, heads, length L, batch B, vocabulary V; chunk: tokens per readout step; sampler steps timed.
+
+    canvases: batch of the sampler and of the bare forward; 0: that of training.
+    """
 
     width: int
     depth: int
@@ -56,8 +60,12 @@ class Size:
     chunk: int
     steps: int
     dtype: str = "float32"
+    canvases: int = 0
 
 
+# Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a step commit few
+# of the masked positions, as in a real trajectory.
+ACCELERATOR = {"dtype": "bfloat16", "chunk": 2048, "canvases": 64, "steps": 32}
 SIZES = {
     "tiny": Size(128, 4, 4, 128, 32, 258, 512, 32),
     "6x192": Size(192, 6, 6, 256, 16, 258, 512, 16),
@@ -131,12 +139,13 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
                 times[label].append(1e3 * (time.perf_counter() - begin))
     params = state.ema
     del state
+    peak = _peak_bytes()
     parts = _parts(denoiser, readout, params, batch, max(3, repeats // 4))
     forward = jax.jit(lambda params, canvas: denoiser.head(params).logits(denoiser(params, canvas)))
     sampler = Sampler(denoiser, readout, Ancestral(), Filters(top_p=0.9), steps=size.steps)
-    masks = jnp.full(batch["tokens"].shape, size.vocab - 1)
+    masks = jnp.full((size.canvases or size.batch, size.length), size.vocab - 1)
     for repeat in range(-1, max(2, repeats // 4)):
-        forwards = [_timed(lambda: forward(params, batch["tokens"])) for _ in range(5)]
+        forwards = [_timed(lambda: forward(params, masks)) for _ in range(5)]
         key, begin = jax.random.key(repeat + 1), time.perf_counter()
         samples = jax.block_until_ready(sampler(params, key, masks))
         sampled = 1e3 * (time.perf_counter() - begin)
@@ -147,9 +156,9 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
     row["sm_over_binary"] = row["train_sm_ms"] / row["train_binary_ms"]
     row["sampler_over_forward"] = row["sampler_step_ms"] / row["forward_ms"]
     row["tokens_per_s"] = 1e3 * size.batch * size.length / row["train_sm_ms"]
-    row["mfu"] = _mfu(denoiser, params, size, row["train_sm_ms"])
+    row["mfu"] = _mfu(step_flops(denoiser, params, size), row["train_sm_ms"])
     row["parts_ms"] = parts | {"optimizer, EMA and the rest": max(0.0, row["train_sm_ms"] - sum(parts.values()))}
-    row["peak_gib"] = _peak_bytes() / 2**30
+    row["peak_gib"] = peak / 2**30
     return row
 
 
@@ -177,14 +186,16 @@ def _parts(denoiser: Denoiser, readout: Readout, params: Any, batch: Any, repeat
     return found
 
 
-def _mfu(denoiser: Denoiser, params: Any, size: Size, step_ms: float) -> float | None:
-    """Share of the chip's peak that the products of the mathematics take in a soft-masked step; None on a CPU."""
+def step_flops(denoiser: Denoiser, params: Any, size: Size) -> float:
+    """Of the mathematics of a soft-masked step: pass one, pass two, and twice that for its backward pass."""
+    head = 2 * denoiser.model.head(params["backbone"]).matrix.size / 2  # half of the tokens are read out
+    return 4 * size.batch * size.length * (denoiser.model.flops(size.length) + head)
+
+
+def _mfu(flops: float, step_ms: float) -> float | None:
+    """Share of the chip's peak that these products of a step take; None on a CPU."""
     chip = next((c for name, c in CHIPS.items() if name in jax.devices()[0].device_kind.lower()), None)
-    if chip is None:
-        return None
-    head = 2 * denoiser.head(params).matrix.size / 2  # half of the tokens are read out
-    flops = 4 * size.batch * size.length * (denoiser.model.flops(size.length) + head)
-    return flops / (step_ms / 1e3) / chip.flops
+    return flops / (step_ms / 1e3) / chip.flops if chip else None
 
 
 def _peak_bytes() -> int:
@@ -209,10 +220,10 @@ def measured(name: str, repeats: int = 0, batch: int = 0) -> dict[str, Any]:
 
 
 def _row(name: str, repeats: int, batch: int) -> dict[str, Any]:
-    """The row of a size on this process's device: in half precision on an accelerator."""
+    """The row of a size on this process's device."""
     size = SIZES[name]
     if jax.default_backend() != "cpu":
-        size = dataclasses.replace(size, dtype="bfloat16")
+        size = dataclasses.replace(size, **ACCELERATOR)
     if batch:
         size = dataclasses.replace(size, batch=batch)
     measured = measure(size, repeats or (4 if name == "169m" else 20))
