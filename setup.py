@@ -23,7 +23,7 @@ setup(
         "ml-collections",
         "numpy",
         "optax",
-        "orbax-checkpoint",
+        "orbax-checkpoint>=0.12.5",  # before it, host arrays are copied before they are written
         "safetensors",
         "tensorboardX",
         "tensorflow-datasets",

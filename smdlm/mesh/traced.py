@@ -14,9 +14,9 @@ BATCH_AXES = ("data", "fsdp")  # mesh axes over which the examples are split
 
 
 def platform() -> str:
-    """What the program is compiled for, 'cpu', 'tpu' or 'gpu': the devices of the mesh, else the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device else jax.default_backend()
+    """What the program is compiled for, 'cpu', 'tpu' or 'gpu': the devices of the mesh, else the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    name = getattr(device, "platform", device) or jax.default_backend()
     return "gpu" if name == "cuda" else name
 
 
