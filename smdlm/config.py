@@ -18,6 +18,8 @@ from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate import EVALUATORS
 from smdlm.evaluate.base import Evaluator, check_omega
+from smdlm.feedback.gates import GATES, Gate
+from smdlm.feedback.mixers import MIXERS, Mixer
 from smdlm.full_softmask import OPERATORS
 from smdlm.mesh.rules import MeshConfig
 from smdlm.models import MODELS, Model
@@ -26,7 +28,7 @@ from smdlm.optimizer import OptimizerConfig
 from smdlm.readout import Readout
 from smdlm.sampling.loop import check_fields
 from smdlm.sampling.policies import POLICIES, Policy
-from smdlm.softmask import GATES, MIXERS, Gate, Mixer, SoftMask
+from smdlm.softmask import SoftMask
 from smdlm.train import TrainConfig
 
 

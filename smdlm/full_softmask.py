@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from smdlm.feedback.gates import Params, inverse_softplus
 from smdlm.mesh import traced
 from smdlm.ops.vocab import neg_entropy
-from smdlm.softmask import Feedback, Params, SoftMask, inverse_softplus
+from smdlm.softmask import Feedback, SoftMask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,12 +33,16 @@ class Example(flax.struct.PyTreeNode):
       canvas, targets: [B, L] i32.
       weights: [B, L] f32, 1 / (tokens of the global batch that count) folded in.
       attend: [B, L] bool, which positions of the canvas may be seen; None for all.
+      given: [B, L] bool, a prompt: what remembers nothing; None for no position.
+      time: [B] f32, the t of the canvas; None without noise.
     """
 
     canvas: jax.Array
     targets: jax.Array
     weights: jax.Array
     attend: jax.Array | None = None
+    given: jax.Array | None = None
+    time: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array | None:
@@ -119,7 +123,7 @@ class SoftMaskedDiffusion:
         canvas, masked = mask_where(u, tokens, chance, self.denoiser.mask_id, batch.get("frozen"))
         # Masked tokens weigh 1/t; the sum is divided by all valid tokens, masked or not, as in the reference.
         weights = _token_weights(batch) * self.schedule.weight(t)[:, None] * masked
-        return Example(canvas, tokens, weights, batch.get("attend"))
+        return Example(canvas, tokens, weights, batch.get("attend"), batch.get("frozen"), t)
 
     def __call__(
         self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
@@ -138,7 +142,10 @@ class SoftMaskedDiffusion:
             def pass_one():
                 hidden = self.denoiser(frozen, example.canvas, mask=example.mask, dropout_key=key_one)
                 masked = example.canvas == self.denoiser.mask_id
-                feedback = self.readout.feedback(self.denoiser.head(frozen), hidden, masked)
+                given = jnp.zeros_like(masked) if example.given is None else example.given
+                remembering = self.denoiser.softmask.remembering(masked, given)
+                feedback = self.readout.feedback(self.denoiser.head(frozen), hidden, remembering)
+                feedback = feedback.replace(forwards=jnp.ones(len(masked), jnp.int32), time=example.time)
                 return self.denoiser.softmask.attach(feedback, hidden)
 
             def skip():

@@ -41,11 +41,14 @@ class Draw(flax.struct.PyTreeNode):
       log_prob: [B, L] f32 their log-probability under the filtered, renormalised distribution.
       feedback: statistics of the unfiltered distribution at temperature 1: the next step's feedback, and with at least
         two candidates the confidence measures (most probable, margin, entropy).
+      canvas_prob: [B, L] f32, the probability of the token on the canvas where one was committed, else 0; only for a
+        policy that revises (sampling/policies.py).
     """
 
     ids: jax.Array
     log_prob: jax.Array
     feedback: Feedback
+    canvas_prob: jax.Array | None = None
 
 
 def exclude(head: Head, vocab_size: int, *ids: int) -> Head:

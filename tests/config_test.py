@@ -11,11 +11,13 @@ import pytest
 
 from smdlm.build import build
 from smdlm.config import CHOICES, SECTIONS, read
+from smdlm.feedback.gates import ConstantGate, EntropyGate
+from smdlm.feedback.mixers import NormLerp, Slerp
 from smdlm.full_softmask import FullSoftMask
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import POLICIES
-from smdlm.softmask import ConstantGate, EntropyGate, NormLerp, Slerp, SoftMask
+from smdlm.softmask import SoftMask
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,6 +9,7 @@ from recipes import TABLES, code, recipe
 from smdlm import experiment
 from smdlm.build import build
 from smdlm.config import read
+from smdlm.feedback.gates import Prediction
 from smdlm.io.writer import read_metrics
 
 SETTINGS = {
@@ -75,7 +76,9 @@ def test_a_gate_and_a_mixer(added, tmp_path):
     assert abs(first - 0.25) < 0.2 and first != second
     assert set(summary["omega"]) == {"scale", "power"} and (workdir / "omega.png").stat().st_size > 0
     gate = names["PowerGate"](0.25, 2.0)
-    np.testing.assert_allclose(gate(gate.init(), jnp.array([[0.0, -0.5]])), [[0.25, 0.25 * np.exp(-1)]], rtol=1e-5)
+    np.testing.assert_allclose(
+        gate(gate.init(), Prediction(jnp.array([[0.0, -0.5]]))), [[0.25, 0.25 * np.exp(-1)]], rtol=1e-5
+    )
 
 
 def test_a_source(added, tmp_path):

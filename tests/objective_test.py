@@ -23,9 +23,10 @@ from conftest import (
 
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import TimeSampler
+from smdlm.feedback.gates import ConstantGate
 from smdlm.full_softmask import FullSoftMask
 from smdlm.objective import Example, NextToken, SoftMaskedDiffusion
-from smdlm.softmask import ConstantGate, Feedback, SoftMask, summarize
+from smdlm.softmask import Feedback, SoftMask, summarize
 
 KEY = jax.random.key(0)
 
