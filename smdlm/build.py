@@ -157,7 +157,7 @@ def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, dat
         data=data,
         denoiser=denoiser,
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, config.updates, model.matrices()),
+        optimizer=make_optimizer(config.optimizer, config.updates, denoiser.matrices()),
         sampler=make_sampler(config, denoiser, vocabulary.bos_id),
         mesh=mesh,
     )

@@ -20,7 +20,7 @@ from smdlm.evaluate import EVALUATORS
 from smdlm.evaluate.base import Evaluator, check_omega
 from smdlm.feedback.gates import GATES, Gate
 from smdlm.feedback.mixers import MIXERS, Mixer
-from smdlm.full_softmask import OPERATORS
+from smdlm.feedback.operators import OPERATORS
 from smdlm.mesh.rules import MeshConfig
 from smdlm.models import MODELS, Model
 from smdlm.ops.filters import Filters
@@ -40,7 +40,7 @@ class SoftMaskConfig:
       p_sm: chance of a soft-masked training step; 0 trains a binary model without omega.
       k: remembered candidates.
       gate, mixer: of softmask.GATES and MIXERS.
-      variant: of full_softmask.OPERATORS: 'topk', or 'full' (the whole distribution with a learned temperature).
+      variant: of feedback.operators.OPERATORS: 'topk', 'full' (the whole distribution), ..
     """
 
     gate: Gate

@@ -14,6 +14,7 @@ Shape letters: B examples, L positions, K remembered candidates, D width, V voca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import chex
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from smdlm.feedback.gates import EntropyGate, Gate, Params, Prediction
 from smdlm.feedback.mixers import Lerp, Mixer
 from smdlm.mesh import traced
+from smdlm.models.base import MatrixAxes
 from smdlm.ops import vocab
 
 
@@ -96,9 +98,13 @@ class SoftMask:
         if self.k < 1:
             raise ValueError(f"softmask k: got {self.k}, wanted at least 1")
 
-    def init(self) -> Params:
-        """Raw f32 parameters, a flat dict of scalars."""
+    def init(self, key: jax.Array | None = None, width: int | None = None) -> Params:
+        """Raw f32 parameters, a flat dict: scalars, and what `matrices` lists (boxed, of the embedding's width)."""
         return self.gate.init()
+
+    def matrices(self) -> Mapping[str, MatrixAxes | None]:
+        """Parameters other than scalars, as `Model.matrices`: they train like the backbone's."""
+        return {}
 
     def remembering(self, masked: jax.Array, given: jax.Array) -> jax.Array:
         """Which positions remember the prediction, of [B, L] masked and given ones."""

@@ -193,7 +193,11 @@ OTHER = {  # values that the rest of the section allows, where a little more tha
         **{"heads": 6, "width": 72, "key_heads": 1, "table_rows": 4, "remat": "block", "attention": "xla"},
         **{"dtype": "bfloat16", "param_dtype": "bfloat16"},
     },
-    "softmask": {"scale": 0.25, "centre": -3.0},
+    "softmask": {
+        **{"scale": 0.25, "centre": -3.0, "norm": "mask", "most_if": "sure", "t_to": 0.5, "nucleus": 0.5, "levels": 3},
+        **{"first": 0.5, "last": 0.5},
+    },
+    "sampling": {"detector": "better", "threshold": 0.5, "edit_threshold": 0.5},
 }
 
 

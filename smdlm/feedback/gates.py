@@ -37,6 +37,11 @@ class Prediction(flax.struct.PyTreeNode):
     vocab_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"softmask.{name}: got {value}, wanted 0 <= {name} <= 1")
+
+
 def inverse_softplus(x: float) -> float:
     """The raw value whose softplus is x > 0."""
     return math.log(math.expm1(x))
@@ -134,4 +139,120 @@ class ConstantGate:
         return {"omega_s": jnp.float32(self.scale)}
 
 
-GATES: dict[str, type[Gate]] = {"entropy": EntropyGate, "constant": ConstantGate}
+@dataclasses.dataclass(frozen=True)
+class Band(EntropyGate):
+    """The entropy gate while t_from <= time <= t_to, and 0 outside: feedback in a part of the steps only.
+
+    Sampling runs from time 1 to 0: t_from .8 is the first fifth of the steps, t_to .2 the last.
+    """
+
+    t_from: float = 0.0
+    t_to: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.t_from < self.t_to <= 1:
+            raise ValueError(f"softmask.t_from, t_to: got {self.t_from}, {self.t_to}, wanted 0 <= t_from < t_to <= 1")
+
+    def __call__(self, omega: Params, seen: Prediction) -> jax.Array:
+        inside = (seen.time >= self.t_from) & (seen.time <= self.t_to)
+        return jnp.where(inside, super().__call__(omega, seen), 0.0)
+
+
+class _Fixed:
+    """A gate without parameters, so that it also suits a model that was trained without soft-masking."""
+
+    labels: ClassVar[Mapping[str, str]] = {}
+
+    def init(self) -> Params:
+        return {}
+
+    def values(self, omega: Params) -> dict[str, jax.Array]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRamp(_Fixed):
+    """lam = min(start + growth * n, most), n forwards before the one that made the prediction (dInfer)."""
+
+    start: float = 0.15
+    growth: float = 0.02
+    most: float = 0.3
+
+    def __post_init__(self):
+        for name in ("start", "growth", "most"):
+            _check_share(name, getattr(self, name))
+
+    def __call__(self, omega: Params, seen: Prediction) -> jax.Array:
+        lam = jnp.minimum(self.start + self.growth * (seen.forwards - 1), self.most)
+        return jnp.broadcast_to(lam, seen.neg_entropy.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalisedEntropy(_Fixed):
+    """lam = scale * H / log V: the unsure are fed back most (RCD); or scale * (1 - H / log V): the sure are (LRD).
+
+    Attributes:
+      most_if: 'unsure' or 'sure'.
+    """
+
+    scale: float = 1.0
+    most_if: str = "unsure"
+
+    def __post_init__(self):
+        _check_share("scale", self.scale)
+        if self.most_if not in ("unsure", "sure"):
+            raise ValueError(f"softmask.most_if: got {self.most_if!r}, wanted 'unsure' or 'sure'")
+
+    def __call__(self, omega: Params, seen: Prediction) -> jax.Array:
+        unsure = jnp.clip(-seen.neg_entropy / math.log(seen.vocab_size), 0.0, 1.0)
+        return self.scale * (unsure if self.most_if == "unsure" else 1 - unsure)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceGate(_Fixed):
+    """lam = scale * what the candidates weigh together, with k = 1 the largest probability (DMax)."""
+
+    scale: float = 1.0
+
+    def __post_init__(self):
+        _check_share("scale", self.scale)
+
+    def __call__(self, omega: Params, seen: Prediction) -> jax.Array:
+        return self.scale * jnp.minimum(seen.confidence, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(_Fixed):
+    """lam goes from `first` to `last` over the schedule, in a line or in `levels` equal stairs.
+
+    Attributes:
+      levels: 0 for a line.
+    """
+
+    first: float = 0.0
+    last: float = 1.0
+    levels: int = 0
+
+    def __post_init__(self):
+        for name in ("first", "last"):
+            _check_share(name, getattr(self, name))
+        if self.levels < 0 or self.levels == 1:
+            raise ValueError(f"softmask.levels: got {self.levels}, wanted 0 (a line) or at least 2")
+
+    def __call__(self, omega: Params, seen: Prediction) -> jax.Array:
+        done = 1 - seen.time
+        if self.levels:
+            done = jnp.minimum(jnp.floor(done * self.levels), self.levels - 1) / (self.levels - 1)
+        return jnp.broadcast_to(self.first + (self.last - self.first) * done, seen.neg_entropy.shape)
+
+
+GATES: dict[str, type[Gate]] = {
+    "entropy": EntropyGate,
+    "band": Band,
+    "constant": ConstantGate,
+    "ramp": StepRamp,
+    "normalised_entropy": NormalisedEntropy,
+    "confidence": ConfidenceGate,
+    "schedule": Schedule,
+}

@@ -35,17 +35,35 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class NormLerp:
-    """Lerp rescaled to the interpolated norm: the two are far from parallel, so lerp alone shrinks."""
+class _NormKeeping:
+    """What fixes the length of the mix and leaves its direction to a subclass.
 
-    def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array:
-        mixed = Lerp()(mask, candidate, lam)
-        return mixed * (Lerp()(_norm(mask), _norm(candidate), lam) / _norm(mixed))
+    Attributes:
+      norm: 'interpolated' from the mask's to the candidate's, or 'mask': always the mask's.
+    """
+
+    norm: str = "interpolated"
+
+    def __post_init__(self):
+        if self.norm not in ("interpolated", "mask"):
+            raise ValueError(f"softmask.norm: got {self.norm!r}, wanted 'interpolated' or 'mask'")
+
+    def length(self, mask_norm: jax.Array, candidate_norm: jax.Array, lam: jax.Array) -> jax.Array:
+        return mask_norm if self.norm == "mask" else Lerp()(mask_norm, candidate_norm, lam)
 
 
 @dataclasses.dataclass(frozen=True)
-class Slerp:
-    """Rotation from mask to candidate by lam of the angle between them, norm interpolated linearly."""
+class NormLerp(_NormKeeping):
+    """Lerp rescaled to a norm of its own: the two are far from parallel, so lerp alone shrinks."""
+
+    def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array:
+        mixed = Lerp()(mask, candidate, lam)
+        return mixed * (self.length(_norm(mask), _norm(candidate), lam) / _norm(mixed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slerp(_NormKeeping):
+    """Rotation from mask to candidate by lam of the angle between them."""
 
     def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array:
         mask_norm, candidate_norm = _norm(mask), _norm(candidate)
@@ -54,7 +72,15 @@ class Slerp:
         angle = jnp.arccos(cos)
         # Clipping cos keeps sin(angle) >= 1.4e-3, so (anti)parallel vectors fall back to lerp without a branch.
         direction = (jnp.sin((1 - lam) * angle) * a + jnp.sin(lam * angle) * b) / jnp.sin(angle)
-        return direction * Lerp()(mask_norm, candidate_norm, lam)
+        return direction * self.length(mask_norm, candidate_norm, lam)
 
 
-MIXERS: dict[str, type[Mixer]] = {"lerp": Lerp, "norm_lerp": NormLerp, "slerp": Slerp}
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """mask + lam candidate: the mask keeps its full weight (dInfer), so the norm grows."""
+
+    def __call__(self, mask: jax.Array, candidate: jax.Array, lam: jax.Array) -> jax.Array:
+        return mask + lam * candidate
+
+
+MIXERS: dict[str, type[Mixer]] = {"lerp": Lerp, "norm_lerp": NormLerp, "slerp": Slerp, "add": Add}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.readout import Draw
+from smdlm.sampling.adaptive import Edit, EntropyBound, Factor, Threshold, TokenToMask
 from smdlm.sampling.policy import Policy, Times
 
 
@@ -295,4 +296,9 @@ POLICIES: dict[str, type[Policy]] = {
     "margin": Margin,
     "entropy": Entropy,
     "first_hitting": FirstHitting,
+    "entropy_bound": EntropyBound,
+    "factor": Factor,
+    "threshold": Threshold,
+    "remask": TokenToMask,
+    "edit": Edit,
 }
