@@ -81,6 +81,23 @@ class Readout:
         chex.assert_rank([hidden, masked], [3, 2])
         return _per_shard(self._feedback, head, hidden, masked)
 
+    def feedback_with_gradient(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
+        """`feedback` of all positions, differentiable in head and hidden: its logits are formed again on the way back.
+
+        A chunk is the same positions of all examples, so that no example leaves its shard.
+        """
+        batch, length, width = hidden.shape
+        size = max(n for n in range(1, max(1, self.chunk // batch) + 1) if length % n == 0)
+
+        @jax.checkpoint
+        def chunk(hidden_BxCxD: jax.Array) -> Any:
+            logits = head.logits(hidden_BxCxD.reshape(-1, width))
+            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), vocab.statistics(logits, self.k))
+
+        statistics = jax.lax.map(chunk, jnp.swapaxes(hidden.reshape(batch, -1, size, width), 0, 1))
+        whole = [jnp.swapaxes(x, 0, 1).reshape(batch, length, *x.shape[3:]) for x in statistics]
+        return Feedback(*whole, active=masked)
+
     def draw(self, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array, filters: Filters) -> Draw:
         """Samples every masked position: hidden [B, L, D], masked [B, L], u [B, L] uniforms in [0, 1) -> Draw."""
         chex.assert_rank([hidden, masked, u], [3, 2, 2])

@@ -33,6 +33,7 @@ from smdlm.evaluate import EVALUATORS
 from smdlm.evaluate.base import ratio
 from smdlm.files import owned, write, write_json
 
+WIDE = 4  # more runs than this are lines of the page, not columns
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # half-width of a 95 % interval of so many seeds, in standard errors
 
 
@@ -48,6 +49,8 @@ class Study:
       score: the value by which runs are compared, one that a metric also gives per sample (`rows`); less is better.
       show: values of the second table.
       seeds: every run is trained and sampled with the seeds 0 .. seeds - 1.
+      reuse: {run: another}: it is not trained, the other's weights are sampled with this run's fields.
+      begin: {run: another}: its training begins at the other's weights.
     """
 
     runs: Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -57,6 +60,8 @@ class Study:
     score: str
     show: Sequence[str]
     seeds: int = 1
+    reuse: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    begin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if len(self.runs) < 2 or self.baseline not in self.runs:
@@ -66,6 +71,13 @@ class Study:
             )
         if self.seeds < 1:
             raise ValueError(f"study.seeds: got {self.seeds}, wanted at least 1")
+        for name in ("reuse", "begin"):
+            for run, other in getattr(self, name).items():
+                if run not in self.runs or other not in self.runs or other in {**self.reuse, **self.begin}:
+                    raise ValueError(
+                        f"study.{name}: got {run!r} after {other!r}, wanted two of study.runs, the second one trained "
+                        "from the start"
+                    )
         for name in self.metrics.split(","):
             pick("study.metrics", name, EVALUATORS)
 
@@ -83,12 +95,14 @@ class Cell:
     """One run, one seed, one way to sample.
 
     Attributes:
+      weights: the run whose weights are sampled, as a rule the same.
       changed: this way, {field of config.sampling: value}.
-      settings: the config of the run by sections, as it is trained. trained: the same, read.
+      settings: the config of that run by sections, as it is trained. trained: the same, read.
       config: the same with this way in its section sampling.
     """
 
     run: str
+    weights: str
     seed: int
     changed: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -100,6 +114,11 @@ class Cell:
         return f"{self.run}-seed{self.seed}"
 
     @property
+    def folder(self) -> str:
+        """The workdir of the weights."""
+        return f"{self.weights}-seed{self.seed}"
+
+    @property
     def name(self) -> str:
         return "-".join([self.run_name, *(f"{field}{value}" for field, value in self.changed.items())])
 
@@ -107,11 +126,17 @@ class Cell:
         """What a result must have been made of to be this cell's."""
         sampling = self.config.sampling
         settings = {**dataclasses.asdict(sampling), "policy": repr(sampling.policy)}
-        return {"run": self.run_name, "updates": self.config.updates, "metrics": metrics, "sampling": settings}
+        made_of = {"run": self.run_name, "updates": self.trained.updates, "metrics": metrics, "sampling": settings}
+        if self.weights == self.run:
+            return made_of
+        return {**made_of, "weights": self.folder, "softmask": repr(self.config.softmask.operator)}
 
 
-def read_study(given: Any) -> tuple[Study, list[Cell]]:
-    """The study of a ConfigDict and all its cells, so that every mistake is found before anything is trained."""
+def read_study(given: Any, workdir: Path = Path()) -> tuple[Study, list[Cell]]:
+    """The study of a ConfigDict and all its cells, so that every mistake is found before anything is trained.
+
+    workdir: of the study, for runs that begin at the weights of another.
+    """
     settings = given.to_dict()
     if "study" not in settings:
         raise ValueError("config: got no section study, wanted one (as configs/lab.py has): --mode=study")
@@ -119,27 +144,36 @@ def read_study(given: Any) -> tuple[Study, list[Cell]]:
         study = Study(**settings.pop("study"))
     except TypeError as error:
         raise ValueError(f"config.study: got other fields than wanted ({error})") from error
-    cells = []
-    for seed, (run, changes), changed in itertools.product(range(study.seeds), study.runs.items(), study.settings()):
-        mine = dict(settings)
-        for section, values in (*changes.items(), ("train", {"seed": seed}), ("sampling", {"seed": seed})):
-            mine[section] = {**mine.get(section, {}), **values}
-        sampled = mine | {"sampling": mine["sampling"] | changed}
-        cells.append(Cell(run, seed, changed, mine, read(mine), read(sampled)))
+    cells, order = [], sorted(study.runs, key=lambda run: run in study.begin)  # what they begin at comes first
+    for seed, run, changed in itertools.product(range(study.seeds), order, study.settings()):
+        weights = study.reuse.get(run, run)
+        mine, trained = (_changed(settings, study.runs[name], seed) for name in (run, weights))
+        if run in study.begin:
+            trained["train"]["init_from"] = str(workdir / f"{study.begin[run]}-seed{seed}")
+        sampled = read(mine | {"sampling": mine["sampling"] | changed})
+        cells.append(Cell(run, weights, seed, changed, trained, read(trained), sampled))
     return study, cells
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """The settings by sections with the changes of a run, and its seed."""
+    changed = {section: dict(values) for section, values in settings.items()}
+    for section, values in (*changes.items(), ("train", {"seed": seed}), ("sampling", {"seed": seed})):
+        changed[section] = {**changed.get(section, {}), **values}
+    return changed
 
 
 def run(given: Any, workdir: Path) -> None:
     """Does what is missing and prints the page. ValueError, one line, for a config that is no study."""
     if jax.process_count() > 1:
         raise ValueError(f"--mode=study: got {jax.process_count()} processes, wanted one")
-    study, cells = read_study(given)
+    study, cells = read_study(given, workdir)
     with owned(workdir, "--workdir"):
         begin = time.time()
         missing = [cell for cell in cells if _result(workdir, study, cell) is None]
         for _, group in itertools.groupby(missing, key=lambda cell: cell.run_name):
             group = list(group)
-            _train(group[0], workdir / group[0].run_name)
+            _train(group[0], workdir / group[0].folder)
             for cell in group:
                 _sample(study, cell, workdir)
                 left = sum(_result(workdir, study, one) is None for one in cells)
@@ -165,7 +199,7 @@ def _train(cell: Cell, folder: Path) -> None:
 
 def _sample(study: Study, cell: Cell, workdir: Path) -> None:
     """Samples and scores a cell: first the samples are written, then their values."""
-    begin, folder, config = time.time(), workdir / cell.run_name, cell.config
+    begin, folder, config = time.time(), workdir / cell.folder, cell.config
     made = assemble(config, tokenizer_of_run(folder, config.data.tokenizer), config.mesh.make(), None)
     checkpointer = experiment.checkpointer_of(folder)
     with jax.set_mesh(made.mesh):
@@ -206,6 +240,10 @@ def page(study: Study, cells: Sequence[Cell], workdir: Path) -> str:
     """Markdown of all cells that are done: the score of every run against the baseline's, then the other values."""
     results = {cell: result for cell in cells if (result := _result(workdir, study, cell))}
     others = [run for run in study.runs if run != study.baseline]
+    count = f"{len(results)} of {len(cells)} cells, {study.seeds} seeds"
+    what = f"{study.score}, less is better ({count}; ± is the 95 % interval, of the pairs for differences)"
+    if len(study.runs) > WIDE:
+        return "\n".join([what, "", *_by_run(study, results), "", *_other_values(study, results), ""])
     names = [study.baseline, *others]
     head = ["sampling", *names, *(f"{run} - {study.baseline}" for run in others)]
     lines, better = [_row(head), _row(["---"] * len(head))], {run: [] for run in others}
@@ -222,9 +260,22 @@ def page(study: Study, cells: Sequence[Cell], workdir: Path) -> str:
         f"{run} better than {study.baseline} beyond the interval at: {', '.join(found) if found else 'none'}."
         for run, found in better.items()
     ]
-    count = f"{len(results)} of {len(cells)} cells, {study.seeds} seeds"
-    what = f"{study.score}, less is better ({count}; ± is the 95 % interval, of the pairs for differences)"
     return "\n".join([what, "", *lines, "", *verdicts, "", *_other_values(study, results), ""])
+
+
+def _by_run(study: Study, results: Mapping[Cell, Any]) -> list[str]:
+    """The same for many runs: a line each, with the score and its difference to the baseline's at every setting."""
+    lines = [_row(["run", *map(_spelled, study.settings())]), _row(["---"] * (1 + len(study.settings())))]
+    for run in study.runs:
+        numbers = []
+        for changed in study.settings():
+            here = [_rows(study, r) for c, r in results.items() if c.run == run and c.changed == changed]
+            number = _number(_over_seeds(here))
+            if run != study.baseline:
+                number += f" ({_number(_over_seeds(_pairs(study, results, run, changed)), sign='+')})"
+            numbers.append(number)
+        lines.append(_row([run, *numbers]))
+    return lines
 
 
 def _rows(study: Study, result: Mapping[str, Any]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The laboratory: laws against enumeration, metrics on samples whose quality is known, and the page of a study."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -316,9 +317,39 @@ def test_cells_are_runs_seeds_and_settings():
     assert [cell.config.softmask.p_sm for cell in cells[1:3]] == [0.0, 0.5]
 
 
+def softened(**changed):
+    """A study with a run that samples the binary weights with feedback, and one that begins at them."""
+    soft = dict(softmask=dict(p_sm=0.0, soften=True, gate="constant", scale=0.3))
+    runs = dict(binary=dict(softmask=dict(p_sm=0.0)), soft=soft, on=dict(softmask=dict(p_sm=1.0)))
+    return study_config(**{"runs": runs, "reuse": {"soft": "binary"}, "begin": {"on": "binary"}, **changed})
+
+
+def test_runs_that_use_the_weights_of_another(tmp_path):
+    """Reused weights are trained once, by the other run's settings, and sampled by this one's."""
+    made, cells = study.read_study(softened(), tmp_path)
+    binary, soft, on = (next(cell for cell in cells if cell.run == run) for run in ("binary", "soft", "on"))
+    assert cells.index(on) > cells.index(binary)  # begun at what is there by then
+    assert (binary.folder, soft.folder, on.folder) == ("binary-seed0", "binary-seed0", "on-seed0")
+    assert soft.name.startswith("soft-seed0") and soft.trained == binary.trained
+    assert soft.config.softmask.operator is not None and soft.config.softmask.soften
+    assert on.trained.train.init_from == str(tmp_path / "binary-seed0") and not binary.trained.train.init_from
+    other = dataclasses.replace(soft, config=binary.config)
+    assert other.identity("lab") != soft.identity("lab")  # another gate is another result
+
+
+@pytest.mark.slow
+def test_training_free_and_continued_runs_are_sampled(tmp_path, capsys):
+    study.run(softened(), tmp_path)
+    assert "6 of 6 cells" in capsys.readouterr().out
+    assert not (tmp_path / "soft-seed0").exists() and (tmp_path / "on-seed0" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     "changed, match",
     [
+        ({"reuse": {"softmask": "ar"}}, "study.reuse: got 'softmask' after 'ar'"),
+        ({"reuse": {"binary": "softmask", "softmask": "binary"}}, "study.reuse: got 'binary' after 'softmask'"),
+        ({"begin": {"new": "binary"}}, "study.begin: got 'new'"),
         ({"runs": {"binary": {}}}, "wanted two runs"),
         ({"baseline": "ar"}, "baseline"),
         ({"seeds": 0}, "seeds: got 0"),
@@ -334,7 +365,7 @@ def test_a_bad_study_is_one_line(changed, match):
     assert "\n" not in str(error.value)
 
 
-def test_the_verdict_counts_pairs_and_seeds(tmp_path):
+def test_the_verdict_counts_pairs_and_seeds(tmp_path, monkeypatch):
     """Noise that both runs share drops out of their difference; three seeds that disagree widen its interval."""
     made, cells = study.read_study(study_config(seeds=3))
     random = np.random.RandomState(0)
@@ -354,6 +385,10 @@ def test_the_verdict_counts_pairs_and_seeds(tmp_path):
     mean, interval = map(float, differences["| count 64 steps 4"].strip(" |").split(" ± "))
     assert mean == pytest.approx(-0.13, abs=0.01) and interval > 1
     assert "softmask better than binary beyond the interval at: count 64 steps 2." in page
+    monkeypatch.setattr(study, "WIDE", 1)  # a line for each run instead of a column
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in study.page(made, cells, tmp_path).splitlines()[:7]}
+    assert lines["| run"] == ["count 64 steps 2", "count 64 steps 4 |"] and "(" not in lines["| binary"][0]
+    assert lines["| softmask"][0].endswith(f"({differences['| count 64 steps 2'].strip(' |')})")
     (tmp_path / "cells" / f"{cells[0].name}.json").write_text('{"cell"')  # cut off: it is missing, not an error
     assert "11 of 12 cells" in study.page(made, cells, tmp_path)
 

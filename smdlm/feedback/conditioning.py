@@ -22,10 +22,9 @@ from smdlm.feedback.mixers import Lerp
 from smdlm.full_softmask import FullSoftMask
 from smdlm.mesh import traced
 from smdlm.models.base import MatrixAxes
-from smdlm.models.layers import logical
 from smdlm.softmask import Feedback, SoftMask
 
-ZEROS = nn.initializers.zeros
+ZEROS, logical = nn.initializers.zeros, nn.with_logical_partitioning
 
 
 def _refuse_mixer(operator: SoftMask) -> None:
@@ -54,7 +53,7 @@ class Projection(FullSoftMask):
         _refuse_mixer(self)
 
     def init(self, key: jax.Array | None = None, width: int | None = None) -> Params:
-        matrix = logical(ZEROS, "embed", None)(key, (width, width))
+        matrix = logical(ZEROS, ("embed", None))(key, (width, width))
         return {**super().init(), "project": matrix}
 
     def matrices(self) -> Mapping[str, MatrixAxes | None]:
@@ -94,10 +93,10 @@ class GatedFeedForward(Projection):
         normal = nn.initializers.normal(1 / math.sqrt(width))
         return {
             **FullSoftMask.init(self),
-            "norm": logical(nn.initializers.ones, "embed")(key, (width,)),
-            "gate": logical(normal, "embed", "mlp")(key_gate, (width, self.inner)),
-            "up": logical(normal, "embed", "mlp")(key_up, (width, self.inner)),
-            "down": logical(ZEROS, "mlp", "embed")(key, (self.inner, width)),
+            "norm": logical(nn.initializers.ones, ("embed",))(key, (width,)),
+            "gate": logical(normal, ("embed", "mlp"))(key_gate, (width, self.inner)),
+            "up": logical(normal, ("embed", "mlp"))(key_up, (width, self.inner)),
+            "down": logical(ZEROS, ("mlp", "embed"))(key, (self.inner, width)),
         }
 
     def matrices(self) -> Mapping[str, MatrixAxes | None]:
@@ -122,7 +121,7 @@ class CarriedHidden(SoftMask):
         _refuse_mixer(self)
 
     def init(self, key: jax.Array | None = None, width: int | None = None) -> Params:
-        return {**super().init(), **{name: logical(ZEROS, "embed")(key, (width,)) for name in ("norm", "shift")}}
+        return {**super().init(), **{name: logical(ZEROS, ("embed",))(key, (width,)) for name in ("norm", "shift")}}
 
     def matrices(self) -> Mapping[str, MatrixAxes | None]:
         return {"norm": None, "shift": None}

@@ -93,7 +93,8 @@ class Sampler:
         check_fields(self.steps, self.feedback_source, self.refresh)
         if self.use_feedback and self.denoiser.softmask is None:
             raise ValueError(
-                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or softmask.p_sm > 0)"
+                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or softmask.p_sm > 0 "
+                "or softmask.soften)"
             )
 
     def __call__(self, params: Any, key: jax.Array, canvas: jax.Array) -> Samples:
