@@ -142,7 +142,7 @@ def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, dat
         raise ValueError(
             f"model.vocab_size: got {wanted}, wanted at least {vocab} ({config.data.tokenizer} and its mask id)"
         )
-    if config.softmask.p_sm and config.softmask.k > wanted:
+    if config.softmask.operator and config.softmask.k > wanted:
         raise ValueError(f"softmask.k: got {config.softmask.k}, wanted at most model.vocab_size = {wanted}")
     model = dataclasses.replace(config.model, vocab_size=wanted)
     denoiser = Denoiser(model, wanted, vocabulary.mask_id, config.softmask.operator)
@@ -150,14 +150,15 @@ def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, dat
     if model.causal:
         objective = NextToken(denoiser, config.readout)
     else:
-        objective = SoftMaskedDiffusion(denoiser, config.readout, config.softmask.p_sm, config.noise, config.times)
+        s = config.softmask
+        objective = SoftMaskedDiffusion(denoiser, config.readout, s.p_sm, config.noise, config.times, s.coin, s.through)
     return Experiment(
         config=config,
         vocabulary=vocabulary,
         data=data,
         denoiser=denoiser,
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, config.updates, model.matrices()),
+        optimizer=make_optimizer(config.optimizer, config.updates, denoiser.matrices()),
         sampler=make_sampler(config, denoiser, vocabulary.bos_id),
         mesh=mesh,
     )

@@ -18,7 +18,10 @@ from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate import EVALUATORS, SAMPLE_METRICS
 from smdlm.evaluate.base import Evaluator, check_omega
-from smdlm.full_softmask import OPERATORS
+from smdlm.feedback.committed import Stages
+from smdlm.feedback.gates import GATES, Gate
+from smdlm.feedback.mixers import MIXERS, Mixer
+from smdlm.feedback.operators import OPERATORS
 from smdlm.mesh.rules import MeshConfig
 from smdlm.models import MODELS, Model
 from smdlm.ops.filters import Filters
@@ -26,7 +29,7 @@ from smdlm.optimizer import OptimizerConfig
 from smdlm.readout import Readout
 from smdlm.sampling.loop import check_fields
 from smdlm.sampling.policies import POLICIES, Policy
-from smdlm.softmask import GATES, MIXERS, Gate, Mixer, SoftMask
+from smdlm.softmask import SoftMask
 from smdlm.train import TrainConfig
 
 
@@ -35,10 +38,13 @@ class SoftMaskConfig:
     """config.softmask; the fields of gate, mixer and variant (scale, ...) stand beside them.
 
     Attributes:
-      p_sm: chance of a soft-masked training step; 0 trains a binary model without omega.
+      p_sm: chance of soft-masking in training; 0 trains a binary model without omega.
+      coin, through: of `SoftMaskedDiffusion`: a coin per 'step' or 'example'; a gradient through pass one.
+      soften: a binary model (p_sm 0) is evaluated and sampled with feedback all the same, by a gate and an operator
+        without parameters.
       k: remembered candidates.
       gate, mixer: of softmask.GATES and MIXERS.
-      variant: of full_softmask.OPERATORS: 'topk', or 'full' (the whole distribution with a learned temperature).
+      variant: of feedback.operators.OPERATORS: 'topk', 'full' (the whole distribution), ..
     """
 
     gate: Gate
@@ -46,15 +52,27 @@ class SoftMaskConfig:
     variant: SoftMask
     p_sm: float = 0.8
     k: int = 3
+    coin: str = "step"
+    through: bool = False
+    soften: bool = False
 
     def __post_init__(self):
         if not 0 <= self.p_sm <= 1:
             raise ValueError(f"softmask.p_sm: got {self.p_sm}, wanted 0 <= p_sm <= 1")
+        if self.coin not in ("step", "example"):
+            raise ValueError(f"softmask.coin: got {self.coin!r}, wanted 'step' or 'example'")
+        if self.soften and self.p_sm:
+            raise ValueError(f"softmask.soften: got True with p_sm {self.p_sm}, wanted p_sm 0: it is trained already")
+        if self.soften and (self.variant.matrices() or self.variant.init()):
+            raise ValueError(
+                "softmask.soften: got a gate or variant with parameters, which a binary model has not learned, wanted "
+                "one without (gate 'constant', 'ramp', ..; softmask.learn False for variant 'full')"
+            )
 
     @property
     def operator(self) -> SoftMask | None:
         """None for a binary model."""
-        return self.variant if self.p_sm else None
+        return self.variant if self.p_sm or self.soften else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +348,8 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
     if config.model.causal:
         if config.softmask.p_sm:
             raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+        if config.softmask.soften and not isinstance(config.softmask.variant, Stages):
+            raise ValueError("softmask.variant: got no 'stages' for the causal (AR) model, wanted it: it has no masks")
         defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig)}
         defaults["policy"] = CHOICES["sampling"]["policy"].default
         for field in ("policy", "use_feedback", "feedback_source", "refresh"):

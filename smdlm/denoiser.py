@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from smdlm.feedback.gates import Params
 from smdlm.mesh.traced import lookup
-from smdlm.models.base import Head, KVCache, Model
+from smdlm.models.base import Head, KVCache, MatrixAxes, Model
 from smdlm.readout import exclude
 from smdlm.softmask import Feedback, SoftMask
 
@@ -31,8 +32,16 @@ class Denoiser:
 
     def init(self, key: jax.Array) -> Any:
         """{'backbone': ..., 'softmask': raw omega (empty without soft-masking)}; boxed with logical axes."""
-        omega = self.softmask.init() if self.softmask else {}
-        return {"backbone": self.model.init(key), "softmask": omega}
+        return {"backbone": self.model.init(key), "softmask": self.init_omega(jax.random.fold_in(key, 1))}
+
+    def init_omega(self, key: jax.Array) -> Params:
+        """Those of the operator alone."""
+        return self.softmask.init(key, self.model.width) if self.softmask else {}
+
+    def matrices(self) -> dict[str, MatrixAxes | None]:
+        """`Model.matrices`, and those of the operator as softmask/NAME."""
+        operators = self.softmask.matrices() if self.softmask else {}
+        return {**self.model.matrices(), **{f"softmask/{name}": axes for name, axes in operators.items()}}
 
     def __call__(
         self, params: Any, tokens: jax.Array, feedback: Feedback | None = None, **options: Any

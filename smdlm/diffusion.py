@@ -17,13 +17,21 @@ class LogLinear:
     """alpha(t) = 1 - (1 - eps) t, the chance that a token is still visible at time t in [0, 1]; MDLM's schedule.
 
     The NELBO weight is -alpha'(t) / (1 - alpha(t)) = 1 / t exactly, whatever eps.
+
+    Attributes:
+      eps: see above.
+      replace: chance that a token which stays visible becomes another one, drawn uniformly; then every visible token
+        counts in the training loss too, with weight 1. For samplers that look at what they committed.
     """
 
     eps: float = 1e-3
+    replace: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.eps < 1:
             raise ValueError(f"noise eps: got {self.eps}, wanted 0 <= eps < 1")
+        if not 0 <= self.replace < 1:
+            raise ValueError(f"noise.replace: got {self.replace}, wanted 0 <= replace < 1")
 
     def alpha(self, t: jax.Array) -> jax.Array:
         return 1 - (1 - self.eps) * t

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
@@ -191,8 +192,8 @@ def continue_from(experiment: Experiment, source: Checkpointer) -> tuple[TrainSt
     params, _ = source.restore_params(abstract, "params", meta["step"])
     check_vocabulary(experiment, meta)
     if not keep:
-        operator = experiment.denoiser.softmask
-        params["softmask"] = operator.init() if operator else {}
+        key = jax.random.key(experiment.config.train.seed)
+        params["softmask"] = nn.meta.unbox(experiment.denoiser.init_omega(key))
     names = ", ".join(f"softmask/{name}" for name in sorted(params["softmask"]))
     origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
     fresh = jax.jit(lambda p: init_state(p, experiment.optimizer), out_shardings=experiment.shardings())

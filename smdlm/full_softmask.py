@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from smdlm.feedback.gates import Params, inverse_softplus
 from smdlm.mesh import traced
+from smdlm.ops.filters import nucleus_threshold
 from smdlm.ops.vocab import neg_entropy
-from smdlm.softmask import Feedback, Params, SoftMask, inverse_softplus
+from smdlm.softmask import Feedback, SoftMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,28 +25,43 @@ class FullSoftMask(SoftMask):
 
     The gate sees the entropy at the same temperature. Needs `feedback.hidden`; the distribution is recomputed from it
     and the (gradient-stopped) head in chunks of positions under remat, so [B, L, V] never exists here either.
-    The paper finds it worse than top-k; it is kept for that comparison.
+    The paper finds it worse than top-k; it is kept for that comparison, and for the neighbours that use it.
+
+    Attributes:
+      temperature: T at the start. learn: whether it is a parameter, or stays there.
+      nucleus: the candidate is the mean of the most probable tokens that weigh this much together (1: of all); the
+        entropy is that of the whole distribution.
     """
 
     temperature: float = 1.0
+    learn: bool = True
+    nucleus: float = 1.0
     chunk: int = 256
 
     def __post_init__(self):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"softmask temperature: got {self.temperature}, wanted > 0")
+        if not 0 < self.nucleus <= 1:
+            raise ValueError(f"softmask.nucleus: got {self.nucleus}, wanted 0 < nucleus <= 1")
 
-    def init(self) -> Params:
-        return {**self.gate.init(), "raw_temperature": jnp.float32(inverse_softplus(self.temperature))}
+    def init(self, key: jax.Array | None = None, width: int | None = None) -> Params:
+        learned = {"raw_temperature": jnp.float32(inverse_softplus(self.temperature))} if self.learn else {}
+        return {**self.gate.init(), **learned}
 
     def attach(self, feedback: Feedback, hidden: jax.Array) -> Feedback:
         return feedback.replace(hidden=hidden)
 
     def mix(self, omega: Params, table: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """log p [..., V] -> (candidate [..., D], neg_entropy [...]) at the learned temperature."""
-        temperature = jax.nn.softplus(omega["raw_temperature"]) + 1e-6
+        """log p [C, V] -> (candidate [C, D], neg_entropy [C]) at the temperature."""
+        temperature = jax.nn.softplus(omega["raw_temperature"]) + 1e-6 if self.learn else self.temperature
         log_q = jax.nn.log_softmax(log_probs / temperature)
-        return jnp.exp(log_q) @ table, neg_entropy(log_q)
+        q = jnp.exp(log_q)
+        if self.nucleus < 1:
+            least = nucleus_threshold(jax.lax.stop_gradient(q), self.nucleus)
+            kept = jnp.where(q >= least[:, None], q, 0.0)
+            q = kept / kept.sum(-1, keepdims=True)
+        return q @ table, neg_entropy(log_q)
 
     def look_up(
         self, omega: Params, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback
@@ -70,7 +87,3 @@ class FullSoftMask(SoftMask):
         count = batch * length
         mixed = mixed.reshape(-1, mixed.shape[-1])[:count].reshape(batch, length, -1)
         return mixed, entropy.reshape(-1)[:count].reshape(batch, length)
-
-
-# config.softmask.variant
-OPERATORS: dict[str, type[SoftMask]] = {"topk": SoftMask, "full": FullSoftMask}

@@ -33,12 +33,18 @@ class Example(flax.struct.PyTreeNode):
       canvas, targets: [B, L] i32.
       weights: [B, L] f32, 1 / (tokens of the global batch that count) folded in.
       attend: [B, L] bool, which positions of the canvas may be seen; None for all.
+      given: [B, L] bool, a prompt: what remembers nothing; None for no position.
+      time: [B] f32, the t of the canvas; None without noise.
+      coins: [B] bool, which examples use feedback; None for all, if the step does.
     """
 
     canvas: jax.Array
     targets: jax.Array
     weights: jax.Array
     attend: jax.Array | None = None
+    given: jax.Array | None = None
+    time: jax.Array | None = None
+    coins: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array | None:
@@ -47,10 +53,12 @@ class Example(flax.struct.PyTreeNode):
 
 
 class Objective(Protocol):
-    """p_sm: chance that a step uses feedback. See the module's docstring for the two methods."""
+    """p_step: chance that a step uses feedback. See the module's docstring for the two methods."""
 
     denoiser: Denoiser
-    p_sm: float
+
+    @property
+    def p_step(self) -> float: ...
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         """For training."""
@@ -88,7 +96,9 @@ class SoftMaskedDiffusion:
     """Two-pass masked diffusion loss; p_sm 0 is plain MDLM.
 
     Attributes:
-      p_sm: chance of a soft-masked step (paper: 0.8 for language, 0.5 for code). One coin per optimizer step.
+      p_sm: chance of soft-masking (paper: 0.8 for language, 0.5 for code).
+      coin: 'step', one for all examples of an optimizer step, so that the others are spared pass one; or 'example'.
+      through: whether the gradient also flows through pass one.
     """
 
     denoiser: Denoiser
@@ -96,17 +106,31 @@ class SoftMaskedDiffusion:
     p_sm: float
     schedule: LogLinear = LogLinear()
     times: TimeSampler = TimeSampler()
+    coin: str = "step"
+    through: bool = False
 
     def __post_init__(self):
         if not 0 <= self.p_sm <= 1:
             raise ValueError(f"objective p_sm: got {self.p_sm}, wanted 0 <= p_sm <= 1")
+        if self.coin not in ("step", "example"):
+            raise ValueError(f"softmask.coin: got {self.coin!r}, wanted 'step' or 'example'")
         if self.p_sm > 0 and self.denoiser.softmask is None:
             raise ValueError("objective p_sm: got > 0 for a model without soft-masking, wanted 0")
+
+    @property
+    def p_step(self) -> float:
+        return 1.0 if self.coin == "example" and self.p_sm > 0 else self.p_sm
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         key_t, key_mask = jax.random.split(key)
         t = self.times(key_t, len(batch["tokens"]))
-        return self._masked(batch, t, jax.random.uniform(key_mask, batch["tokens"].shape))
+        example = self._masked(batch, t, jax.random.uniform(key_mask, batch["tokens"].shape))
+        if self.schedule.replace:
+            example = self._replaced(jax.random.fold_in(key, 2), batch, example)
+        if self.coin == "example" and self.p_sm > 0:
+            coins = jax.random.bernoulli(jax.random.fold_in(key, 3), self.p_sm, t.shape)
+            example = example.replace(coins=coins)
+        return example
 
     def corrupt_by_number(self, key: jax.Array, batch: Batch) -> Example:
         key_t, key_mask = jax.random.split(key)
@@ -119,7 +143,21 @@ class SoftMaskedDiffusion:
         canvas, masked = mask_where(u, tokens, chance, self.denoiser.mask_id, batch.get("frozen"))
         # Masked tokens weigh 1/t; the sum is divided by all valid tokens, masked or not, as in the reference.
         weights = _token_weights(batch) * self.schedule.weight(t)[:, None] * masked
-        return Example(canvas, tokens, weights, batch.get("attend"))
+        return Example(canvas, tokens, weights, batch.get("attend"), batch.get("frozen"), t)
+
+    def _replaced(self, key: jax.Array, batch: Batch, example: Example) -> Example:
+        """Some visible tokens become others, and all visible ones count."""
+        canvas, mask_id = example.canvas, self.denoiser.mask_id
+        visible = canvas != mask_id
+        if example.given is not None:
+            visible &= ~example.given
+        key_where, key_what = jax.random.split(key)
+        others = jax.random.randint(key_what, canvas.shape, 0, self.denoiser.vocab_size - 1)
+        others += others >= mask_id  # any id but the mask's
+        chosen = visible & (jax.random.uniform(key_where, canvas.shape) < self.schedule.replace)
+        return example.replace(
+            canvas=jnp.where(chosen, others, canvas), weights=example.weights + visible * _token_weights(batch)
+        )
 
     def __call__(
         self, params: Any, example: Example, use_feedback: jax.Array, key: jax.Array | None
@@ -130,22 +168,28 @@ class SoftMaskedDiffusion:
         """
         chex.assert_equal_shape([example.canvas, example.targets, example.weights])
         key_one, key_two = (None, None) if key is None else jax.random.split(key)
-        # 2. Pass one, without gradient, only when the coin says so.
+        # 2. Pass one, without gradient unless asked for, only when the coin says so.
         feedback = None
         if self.p_sm > 0:
-            frozen = jax.lax.stop_gradient(params)
+            first = params if self.through else jax.lax.stop_gradient(params)
+            statistics = self.readout.feedback_with_gradient if self.through else self.readout.feedback
 
             def pass_one():
-                hidden = self.denoiser(frozen, example.canvas, mask=example.mask, dropout_key=key_one)
+                hidden = self.denoiser(first, example.canvas, mask=example.mask, dropout_key=key_one)
                 masked = example.canvas == self.denoiser.mask_id
-                feedback = self.readout.feedback(self.denoiser.head(frozen), hidden, masked)
+                given = jnp.zeros_like(masked) if example.given is None else example.given
+                remembering = self.denoiser.softmask.remembering(masked, given)
+                if example.coins is not None:
+                    remembering &= example.coins[:, None]
+                feedback = statistics(self.denoiser.head(first), hidden, remembering)
+                feedback = feedback.replace(forwards=jnp.ones(len(masked), jnp.int32), time=example.time)
                 return self.denoiser.softmask.attach(feedback, hidden)
 
             def skip():
                 # All zeros: nothing is active.
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pass_one))
 
-            feedback = pass_one() if self.p_sm == 1 else jax.lax.cond(use_feedback, pass_one, skip)
+            feedback = pass_one() if self.p_step == 1 else jax.lax.cond(use_feedback, pass_one, skip)
         # 3. Pass two, with gradient, on the soft-masked input; the loss of the masked tokens.
         hidden = self.denoiser(params, example.canvas, feedback, mask=example.mask, dropout_key=key_two)
         return self.readout.nll(self.denoiser.head(params), hidden, example.targets, example.weights)
@@ -157,7 +201,7 @@ class NextToken:
 
     denoiser: Denoiser
     readout: Readout
-    p_sm: float = 0.0
+    p_step: float = 0.0
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         tokens = batch["tokens"]

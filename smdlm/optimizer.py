@@ -82,7 +82,7 @@ class OptimizerConfig:
 
 
 def _muon_axes(matrices: Mapping[str, MatrixAxes | None], params: Any) -> Any:
-    """What Muon treats as a matrix in each parameter of {'backbone': ...}, None where AdamW takes it."""
+    """What Muon treats as a matrix in each parameter, None where AdamW takes it."""
 
     def axes(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         found = matrices[jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("backbone/")]
@@ -91,15 +91,25 @@ def _muon_axes(matrices: Mapping[str, MatrixAxes | None], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _check_known(matrices: Mapping[str, MatrixAxes | None], backbone: Any) -> None:
-    """ValueError that lists what the model's `matrices` lack or name too much: never silently AdamW."""
-    leaves = jax.tree_util.tree_leaves_with_path(backbone)
-    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+def _check_known(matrices: Mapping[str, MatrixAxes | None], params: Any) -> None:
+    """ValueError that lists what `matrices` lack or name too much: never silently AdamW."""
+    groups = jax.tree_util.tree_leaves_with_path(_groups(params))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, group in groups if group == "backbone"]
+    names = {path.removeprefix("backbone/") for path in paths}
     if differing := sorted(names ^ set(matrices)):
         raise ValueError(
             f"optimizer: got parameters {sorted(names - set(matrices))} that the model's `matrices` do not list, and "
             f"{sorted(set(matrices) - names)} that are none, wanted all {len(names)} ({len(differing)} differ)"
         )
+
+
+def _groups(params: Any) -> Any:
+    """'softmask' for the scalars of gate and operator, 'backbone' for all else: an operator's matrices too."""
+
+    def group(path: Any, leaf: Any) -> str:
+        return "softmask" if path[0].key == "softmask" and leaf.ndim == 0 else "backbone"
+
+    return jax.tree_util.tree_map_with_path(group, params)
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
@@ -117,7 +127,7 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """optax transformation over {'backbone', 'softmask'}; `update(..., feedback=coin)` with coin [] bool.
 
-    matrices: as from `Model.matrices`; `init` refuses a parameter of the backbone that it does not list.
+    matrices: as from `Denoiser.matrices`; `init` refuses a parameter that it does not list, scalars of omega apart.
 
     On a step without feedback omega and its moments stay bit for bit the same: zero gradients would decay the moments
     and still move omega (torch skips parameters without gradient). Its schedule follows the global step all the same.
@@ -144,16 +154,13 @@ def make_optimizer(
         optax.scale_by_learning_rate(config.rate(config.lr_softmask, steps)),
     )
 
-    def labels(params: Any) -> Any:
-        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-
     whole = optax.chain(
         _clip(config.clip),
-        optax.partition({"backbone": backbone, "softmask": softmask}, labels),
+        optax.partition({"backbone": backbone, "softmask": softmask}, _groups),
     )
 
     def init(params: Any) -> Any:
-        _check_known(matrices, params["backbone"])
+        _check_known(matrices, params)
         return whole.init(params)
 
     return optax.GradientTransformationExtraArgs(init, whole.update)

@@ -43,11 +43,14 @@ class Draw(flax.struct.PyTreeNode):
       log_prob: [B, L] f32 their log-probability under the filtered, renormalised distribution.
       feedback: statistics of the unfiltered distribution at temperature 1: the next step's feedback, and with at least
         two candidates the confidence measures (most probable, margin, entropy).
+      canvas_prob: [B, L] f32, the probability of the token on the canvas where one was committed, else 0; only for a
+        policy that revises (sampling/policies.py).
     """
 
     ids: jax.Array
     log_prob: jax.Array
     feedback: Feedback
+    canvas_prob: jax.Array | None = None
 
 
 def exclude(head: Head, vocab_size: int, *ids: int) -> Head:
@@ -79,6 +82,23 @@ class Readout:
         """Top-k and entropy of the prediction at masked positions: hidden [B, L, D], masked [B, L] -> Feedback."""
         chex.assert_rank([hidden, masked], [3, 2])
         return _per_shard(self._feedback, head, hidden, masked)
+
+    def feedback_with_gradient(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
+        """`feedback` of all positions, differentiable in head and hidden: its logits are formed again on the way back.
+
+        A chunk is the same positions of all examples, so that no example leaves its shard.
+        """
+        batch, length, width = hidden.shape
+        size = max(n for n in range(1, max(1, self.chunk // batch) + 1) if length % n == 0)
+
+        @jax.checkpoint
+        def chunk(hidden_BxCxD: jax.Array) -> Any:
+            logits = head.logits(hidden_BxCxD.reshape(-1, width))
+            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), vocab.statistics(logits, self.k))
+
+        statistics = jax.lax.map(chunk, jnp.swapaxes(hidden.reshape(batch, -1, size, width), 0, 1))
+        whole = [jnp.swapaxes(x, 0, 1).reshape(batch, length, *x.shape[3:]) for x in statistics]
+        return Feedback(*whole, active=masked)
 
     def draw(self, head: Head, hidden: jax.Array, masked: jax.Array, u: jax.Array, filters: Filters) -> Draw:
         """Samples every masked position: hidden [B, L, D], masked [B, L], u [B, L] uniforms in [0, 1) -> Draw."""

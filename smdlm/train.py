@@ -107,7 +107,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_noise, key_coin, key_dropout = jax.random.split(key, 3)
         examples = objective.corrupt(key_noise, batch)
-        coin = jax.random.bernoulli(key_coin, objective.p_sm)
+        coin = jax.random.bernoulli(key_coin, objective.p_step)
         if accumulate == 1:
             loss, grads = gradients(state.params, examples, coin, key_dropout)
         else:

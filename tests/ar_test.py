@@ -1,11 +1,15 @@
 """The sampler of the AR baseline: its KV cache against whole forwards."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MASK, READOUT, make_denoiser, make_params
 
+from smdlm.feedback.committed import Stages
+from smdlm.feedback.gates import ConstantGate
 from smdlm.ops.filters import Filters, inverse_cdf
 from smdlm.sampling.ar import ARSampler
 
@@ -54,3 +58,18 @@ def test_ar_rows_are_independent_and_compile_once(causal):
     sampler(params, jax.random.key(1), canvas_with_prompts())
     assert ARSampler.__call__._cache_size() == size
     np.testing.assert_array_equal(sampler(params, jax.random.key(0), BLANK[:1]).tokens, together[:1])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_soft_thinking_feeds_the_mean_of_the_candidates(causal, k):
+    """k = 1 at temperature 0 is the hard sampler: the candidate is the token drawn. k = 3 writes something else."""
+    denoiser, params = causal
+    operator = Stages(k=k, gate=ConstantGate(1.0))
+    soft = dataclasses.replace(denoiser, softmask=operator)
+    readout, filters = dataclasses.replace(READOUT, k=k), Filters(temperature=0.0)
+    canvas = canvas_with_prompts()
+    hard = ARSampler(denoiser, readout, 2, filters)(params, jax.random.key(0), canvas).tokens
+    got = ARSampler(soft, readout, 2, filters)(params, jax.random.key(0), canvas).tokens
+    given = np.asarray(canvas != MASK)
+    np.testing.assert_array_equal(np.asarray(got)[given], np.asarray(canvas)[given])
+    assert np.array_equal(got, hard) == (k == 1)

@@ -11,11 +11,13 @@ import pytest
 
 from smdlm.build import build
 from smdlm.config import CHOICES, SECTIONS, read
+from smdlm.feedback.gates import ConstantGate, EntropyGate
+from smdlm.feedback.mixers import NormLerp, Slerp
 from smdlm.full_softmask import FullSoftMask
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import POLICIES
-from smdlm.softmask import ConstantGate, EntropyGate, NormLerp, Slerp, SoftMask
+from smdlm.softmask import SoftMask
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +107,8 @@ OUT_OF_RANGE = {
         "model__remat": "some",
         "model__attention": "flash",
         "noise__eps": 1.0,
+        "noise__replace": 1.0,
+        "softmask__coin": "token",
     },
     **{"data__source": "web:x", "data__tokenizer": "words", "data__seq_len": 1, "data__batch_size": 0},
     **{"data__framing": "lines", "data__val_fraction": 1.5, "data__val_documents": -1, "data__field": ""},
@@ -140,6 +144,12 @@ def test_a_value_out_of_range_is_refused(name):
         {"train__accumulate": 8},
         {"readout__k": 2},
         {"softmask__variant": "full", "softmask__temperature": 0.0},
+        {"softmask__soften": True},  # with p_sm .8
+        {"softmask__soften": True, "softmask__p_sm": 0.0},  # with the entropy gate
+        {"softmask__soften": True, "softmask__p_sm": 0.0, "softmask__gate": "constant", "softmask__variant": "project"},
+        {"softmask__soften": True, "softmask__p_sm": 0.0, "softmask__gate": "constant", "softmask__variant": "full"},
+        {"model__causal": True, "softmask__p_sm": 0.0, "softmask__soften": True, "softmask__gate": "constant"},
+        {"softmask__variant": "project", "softmask__mixer": "slerp"},
         {"mesh__data": -1, "mesh__fsdp": -1},
     ],
 )
@@ -191,7 +201,11 @@ OTHER = {  # values that the rest of the section allows, where a little more tha
         **{"heads": 6, "width": 72, "key_heads": 1, "table_rows": 4, "remat": "block", "attention": "xla"},
         **{"dtype": "bfloat16", "param_dtype": "bfloat16"},
     },
-    "softmask": {"scale": 0.25, "centre": -3.0},
+    "softmask": {
+        **{"scale": 0.25, "centre": -3.0, "norm": "mask", "most_if": "sure", "t_to": 0.5, "nucleus": 0.5, "levels": 3},
+        **{"first": 0.5, "last": 0.5},
+    },
+    "sampling": {"detector": "better", "threshold": 0.5, "edit_threshold": 0.5},
 }
 
 
@@ -221,8 +235,8 @@ def test_fields_of_a_chosen_class_are_config_fields(section, choice, name, field
     "changes, owners",
     [
         ({"sampling__policy": "entropy", "sampling__eta": 0.1}, "policy remdm_cap, remdm_rescale, remdm_loop"),
-        ({"softmask__gate": "constant", "softmask__steepness": 1.0}, "gate entropy"),
-        ({"softmask__temperature": 2.0}, "variant full"),
+        ({"softmask__gate": "constant", "softmask__steepness": 1.0}, "gate entropy, band"),
+        ({"softmask__temperature": 2.0}, "variant full, project, gated"),
     ],
 )
 def test_a_field_of_another_class_is_refused_with_its_owners(changes, owners):
@@ -312,6 +326,7 @@ REACH_THE_STEP = {
     **{"softmask__mixer": "slerp", "softmask__scale": 0.2, "softmask__centre": -1.0, "softmask__steepness": 1.0},
     **{"readout__chunk": 7, "train__accumulate": 2, "train__seed": 1, "train__steps": 12},
     **{"train__update_budget": "iso_compute", "data__seq_len": 12, "data__batch_size": 8},
+    **{"noise__replace": 0.1, "softmask__coin": "example", "softmask__through": True},
     **{"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__muon_lr": 0.1, "optimizer__lr_softmask": 0.1},
     **{"optimizer__warmup": 3, "optimizer__decay": "cosine", "optimizer__final_lr": 0.2, "optimizer__b1": 0.8},
     **{"optimizer__b2": 0.9, "optimizer__eps": 1e-6, "optimizer__weight_decay": 0.1, "optimizer__clip": 0.5},
@@ -380,6 +395,28 @@ def test_the_ar_baseline(corpus, tmp_path):
     experiment = built(corpus, tmp_path, model__causal=True, softmask__p_sm=0.0)
     assert isinstance(experiment.sampler, ARSampler) and experiment.denoiser.softmask is None
     assert type(experiment.objective).__name__ == "NextToken" and experiment.sampler.bos_id == 256
+
+
+def test_a_binary_model_can_be_softened(corpus, tmp_path):
+    """Sampled and evaluated with feedback, trained without: the same parameters and the same step."""
+    soft = built(corpus, tmp_path, softmask__p_sm=0.0, softmask__soften=True, softmask__gate="constant")
+    plain = built(corpus, tmp_path, softmask__p_sm=0.0)
+    assert soft.sampler.use_feedback and soft.denoiser.softmask.gate == ConstantGate(0.5)
+    assert fingerprint(soft) == fingerprint(plain)
+
+
+def test_the_matrices_of_an_operator_are_parameters(corpus, tmp_path):
+    """With the backbone's optimizer, an EMA and a place on the mesh; the gate's scalars stay a group of their own."""
+    experiment = built(corpus, tmp_path, softmask__variant="gated", softmask__inner=8)
+    state = experiment.abstract_state()
+    assert {name: x.shape for name, x in state.ema["softmask"].items() if x.shape} == {
+        **{"norm": (16,), "gate": (16, 8), "up": (16, 8), "down": (8, 16)}
+    }
+    specs = {name: x.sharding.spec for name, x in state.params["softmask"].items() if x.shape}
+    assert specs["gate"] == jax.sharding.PartitionSpec("fsdp", "tensor")
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    assert any("muon" in name and "'gate'" in name for name in names)
+    assert any("'softmask'" in name and "raw_scale" in name for name in names)
 
 
 def test_a_binary_model_is_sampled_without_feedback(corpus, tmp_path):

@@ -27,11 +27,12 @@ import numpy as np
 import pytest
 
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.gates import EntropyGate
 from smdlm.mesh.rules import MeshConfig, param_shardings, state_shardings
 from smdlm.models.dit import DiT
 from smdlm.optimizer import OptimizerConfig, init_state, make_optimizer
 from smdlm.readout import Readout
-from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.softmask import SoftMask
 from smdlm.train import make_train_step
 
 V, MASK, B, L = 24, 23, 4, 8

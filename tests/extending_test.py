@@ -9,6 +9,7 @@ from recipes import TABLES, code, recipe
 from smdlm import experiment
 from smdlm.build import build
 from smdlm.config import read
+from smdlm.feedback.gates import Prediction
 from smdlm.io.writer import read_metrics
 
 SETTINGS = {
@@ -55,27 +56,29 @@ def trained(folder, **changes):
 
 def test_a_policy(added, tmp_path):
     names = added("policy")
-    summary, _ = trained(tmp_path, sampling={"policy": "threshold", "floor": 0.5})
+    summary, _ = trained(tmp_path, sampling={"policy": "left_to_right", "floor": 0.5})
     assert all(text.startswith("li") and "[MASK]" not in text for text in summary["samples"])
     with pytest.raises(ValueError, match="sampling.floor: got 0.0, wanted"):
-        names["Threshold"](0.0)
-    masked = jnp.array([[True, True, False, True]])
-    feedback = type("F", (), {"probs": jnp.array([[[0.6], [0.4], [0.9], [0.3]]])})
+        names["LeftToRight"](0.0)
+    masked = jnp.array([[False, True, True, False, True, True, True]])
+    feedback = type("F", (), {"probs": jnp.array([[[0.1], [0.2], [0.6], [0.1], [0.9], [0.3], [0.9]]])})
     draw = type("D", (), {"feedback": feedback})
-    commit, remask, _ = names["Threshold"](0.5)(None, None, masked, draw, None, ())
-    assert commit.tolist() == [[True, False, False, False]] and not remask.any()
+    commit, remask, _ = names["LeftToRight"](0.5)(None, None, masked, draw, None, ())
+    assert np.flatnonzero(commit[0]).tolist() == [1, 2, 4] and not remask.any()
 
 
 def test_a_gate_and_a_mixer(added, tmp_path):
     """The gate's readable values are logged, drawn and in the table, by its own names and labels."""
     names = added("gate")
-    summary, workdir = trained(tmp_path, softmask={"gate": "power", "mixer": "add", "scale": 0.25, "power": 2.0})
+    summary, workdir = trained(tmp_path, softmask={"gate": "power", "mixer": "loudest", "scale": 0.25, "power": 2.0})
     rows = read_metrics(workdir / "metrics.jsonl")
     first, second = (row["train/omega_scale"] for row in rows[:2])
     assert abs(first - 0.25) < 0.2 and first != second
     assert set(summary["omega"]) == {"scale", "power"} and (workdir / "omega.png").stat().st_size > 0
     gate = names["PowerGate"](0.25, 2.0)
-    np.testing.assert_allclose(gate(gate.init(), jnp.array([[0.0, -0.5]])), [[0.25, 0.25 * np.exp(-1)]], rtol=1e-5)
+    np.testing.assert_allclose(
+        gate(gate.init(), Prediction(jnp.array([[0.0, -0.5]]))), [[0.25, 0.25 * np.exp(-1)]], rtol=1e-5
+    )
 
 
 def test_a_source(added, tmp_path):

@@ -22,10 +22,12 @@ from conftest import (
 )
 
 from smdlm.denoiser import Denoiser
-from smdlm.diffusion import TimeSampler
+from smdlm.diffusion import LogLinear, TimeSampler
+from smdlm.feedback.committed import Stages
+from smdlm.feedback.gates import ConstantGate
 from smdlm.full_softmask import FullSoftMask
 from smdlm.objective import Example, NextToken, SoftMaskedDiffusion
-from smdlm.softmask import ConstantGate, Feedback, SoftMask, summarize
+from smdlm.softmask import Feedback, SoftMask, summarize
 
 KEY = jax.random.key(0)
 
@@ -240,6 +242,78 @@ def test_impossible_combinations_are_refused(denoiser):
             SoftMaskedDiffusion(denoiser, READOUT, p_sm)
     with pytest.raises(ValueError, match="without soft-masking"):
         SoftMaskedDiffusion(make_denoiser(None), READOUT, 0.5)
+
+
+# Other forms of training
+
+
+def test_a_coin_for_each_example(denoiser, params):
+    """Each example is that of a step with or without feedback; over many draws p_sm of them have it."""
+    objective = SoftMaskedDiffusion(denoiser, READOUT, 0.5, coin="example")
+    assert objective.p_step == 1 and SoftMaskedDiffusion(denoiser, READOUT, 0.5).p_step == 0.5
+    corrupt = jax.jit(objective.corrupt)
+    coins = np.concatenate([corrupt(jax.random.key(i), make_batch()).coins for i in range(100)])
+    assert abs(coins.mean() - 0.5) < 0.1
+    example = corrupt(KEY, make_batch())
+    np.testing.assert_array_equal(
+        example.canvas, SoftMaskedDiffusion(denoiser, READOUT, 0.5).corrupt(KEY, make_batch()).canvas
+    )
+    coins = jnp.arange(B) % 2 == 0
+    _, nll = jax.jit(objective)(params, example.replace(coins=coins), jnp.bool_(False), None)
+    _, with_feedback = jax.jit(objective)(params, example.replace(coins=None), jnp.bool_(True), None)
+    _, without = jax.jit(dataclasses.replace(objective, p_sm=0.0))(params, example, jnp.bool_(False), None)
+    wanted = np.where(coins[:, None], with_feedback, without)
+    np.testing.assert_allclose(nll, wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(np.asarray(with_feedback) - np.asarray(without)).max() > 1e-3
+
+
+def test_a_gradient_through_pass_one(denoiser, params, example, loss_and_grads):
+    """The loss is the same; the gradient is that of both passes, as autodiff finds it with dense logits."""
+    through = SoftMaskedDiffusion(denoiser, READOUT, 1.0, through=True)
+    (loss, _), grads = jax.jit(jax.value_and_grad(lambda p: through(p, example, True, None), has_aux=True))(params)
+    (wanted_loss, _), stopped = loss_and_grads(params, example, True)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+
+    def dense(params):
+        feedback = dense_feedback(denoiser, params, example)
+        return dense_loss(denoiser, params, example, feedback)
+
+    wanted = jax.jit(jax.grad(dense))(params)
+    assert_close(grads, wanted, rtol=2e-3, atol=1e-4)
+    kernel = lambda tree: np.asarray(tree["backbone"]["embed"])
+    assert np.abs(kernel(grads) - kernel(stopped)).max() > 1e-3
+
+
+def test_replaced_tokens_count_in_the_loss(denoiser):
+    """Visible tokens become others at the given rate, never the mask; all visible ones weigh 1, prompts nothing."""
+    noise = LogLinear(replace=0.25)
+    objective, plain = (SoftMaskedDiffusion(denoiser, READOUT, 0.0, schedule=s) for s in (noise, LogLinear()))
+    batch = {**make_batch(64, 32), "frozen": jnp.broadcast_to(jnp.arange(32) < 4, (64, 32))}
+    example, before = (jax.jit(o.corrupt)(KEY, batch) for o in (objective, plain))
+    masked, prompt = np.asarray(before.canvas == MASK), np.asarray(batch["frozen"])
+    np.testing.assert_array_equal(example.canvas == MASK, masked)
+    changed = np.asarray(example.canvas != batch["tokens"]) & ~masked
+    visible = ~masked & ~prompt
+    assert not changed[prompt].any() and abs(changed[visible].mean() - 0.25 * (V - 2) / (V - 1)) < 0.05
+    assert len(np.unique(np.asarray(example.canvas)[changed])) == V - 1
+    np.testing.assert_allclose(example.weights, before.weights + visible / batch["tokens"].size, rtol=1e-5)
+    np.testing.assert_array_equal(example.targets, batch["tokens"])
+    numbered = {**batch, "number": jnp.arange(64)}
+    one, two = (o.corrupt_by_number(KEY, numbered) for o in (objective, plain))
+    np.testing.assert_array_equal(one.canvas, two.canvas)  # the likelihood is that of masks alone
+
+
+def test_an_operator_that_wants_everything_learns_from_visible_positions(params, example):
+    """Pass one is read at every position but a prompt's."""
+    denoiser = make_denoiser(Stages(gate=SOFTMASK.gate))
+    objective = SoftMaskedDiffusion(denoiser, READOUT, 1.0)
+    given = jnp.broadcast_to(jnp.arange(L) < 2, (B, L))
+    loss = jax.jit(lambda e: objective(params, e, True, None)[0])
+    log_probs = jax.nn.log_softmax(denoiser.head(params).logits(jax.jit(denoiser)(params, example.canvas)))
+    feedback = summarize(log_probs, ~given, 3)
+    wanted = jax.jit(dense_loss, static_argnums=0)(denoiser, params, example, feedback)
+    np.testing.assert_allclose(loss(example.replace(given=given)), wanted, rtol=1e-4)
+    assert abs(float(loss(example)) - float(wanted)) > 1e-3
 
 
 # The AR baseline

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from smdlm.data.sources import SOURCES
 from smdlm.evaluate import EVALUATORS
+from smdlm.feedback.gates import GATES
+from smdlm.feedback.mixers import MIXERS
 from smdlm.models import MODELS
 from smdlm.sampling.policies import POLICIES
-from smdlm.softmask import GATES, MIXERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 TABLES = {

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from conftest import MASK, B, L, V, assert_close
 
+from smdlm.feedback.gates import ConstantGate, EntropyGate, Prediction
+from smdlm.feedback.mixers import Lerp, NormLerp, Slerp
 from smdlm.full_softmask import FullSoftMask
 from smdlm.models.base import Head
 from smdlm.ops.vocab import neg_entropy, top_k
 from smdlm.readout import exclude
-from smdlm.softmask import ConstantGate, EntropyGate, Feedback, Lerp, NormLerp, Slerp, SoftMask, summarize
+from smdlm.softmask import Feedback, SoftMask, summarize
 
 D = 6
 GATE = EntropyGate(scale=0.7, centre=-1.5, steepness=2.0)
@@ -79,7 +81,7 @@ def test_entropy_gate_is_the_papers_formula():
     omega = GATE.init()
     h = np.linspace(0, 4, 30)
     wanted = 0.7 / (1 + np.exp(-2.0 * (-h + 1.5)))
-    np.testing.assert_allclose(GATE(omega, -h), wanted, rtol=1e-5)
+    np.testing.assert_allclose(GATE(omega, Prediction(-h)), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 0.3, 1.0])
@@ -99,7 +101,7 @@ def test_entropy_gate_stays_in_its_range():
         omega = {name: jnp.float32(raw) for name in GATE.init()}
         values = GATE.values(omega)
         assert 0 <= values["omega_s"] <= 1 and values["omega_b"] < 0 and values["omega_a"] > 0
-        lam = GATE(omega, jnp.linspace(-11, 0, 50))
+        lam = GATE(omega, Prediction(jnp.linspace(-11, 0, 50)))
         assert np.all((lam >= 0) & (lam <= 1)) and np.all(np.diff(lam) >= 0)
 
 
@@ -111,7 +113,7 @@ def test_gate_defaults_are_the_papers():
 
 def test_constant_gate():
     gate = ConstantGate(0.3)
-    lam = gate(gate.init(), jnp.array([[-5.0, 0.0]]))
+    lam = gate(gate.init(), Prediction(jnp.array([[-5.0, 0.0]])))
     np.testing.assert_array_equal(lam, np.full((1, 2), 0.3, np.float32))
     assert gate.init() == {} and float(gate.values({})["omega_s"]) == np.float32(0.3)
 

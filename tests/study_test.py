@@ -1,6 +1,7 @@
 """Studies: which cells there are, what the page says of pairs and seeds, and that nothing is done twice."""
 
 import csv
+import dataclasses
 
 import ml_collections
 import numpy as np
@@ -63,9 +64,39 @@ def test_a_run_may_be_sampled_by_some_grids_only():
     ]
 
 
+def softened(**changed):
+    """A study with a run that samples the binary weights with feedback, and one that begins at them."""
+    soft = dict(softmask=dict(p_sm=0.0, soften=True, gate="constant", scale=0.3))
+    runs = dict(binary=dict(softmask=dict(p_sm=0.0)), soft=soft, on=dict(softmask=dict(p_sm=1.0)))
+    return study_config(**{"runs": runs, "reuse": {"soft": "binary"}, "begin": {"on": "binary"}, **changed})
+
+
+def test_runs_that_use_the_weights_of_another(tmp_path):
+    """Reused weights are trained once, by the other run's settings, and sampled by this one's."""
+    made, cells = read_study(softened(), tmp_path)
+    binary, soft, on = (next(cell for cell in cells if cell.run == run) for run in ("binary", "soft", "on"))
+    assert cells.index(on) > cells.index(binary)  # begun at what is there by then
+    assert (binary.folder, soft.folder, on.folder) == ("binary-seed0", "binary-seed0", "on-seed0")
+    assert soft.name.startswith("soft-seed0") and soft.trained == binary.trained
+    assert soft.config.softmask.operator is not None and soft.config.softmask.soften
+    assert on.trained.train.init_from == str(tmp_path / "binary-seed0") and not binary.trained.train.init_from
+    assert dataclasses.replace(soft, config=binary.config).name != soft.name  # another gate is another result
+
+
+@pytest.mark.slow
+def test_training_free_and_continued_runs_are_sampled(tmp_path, capsys):
+    study.run(softened(), tmp_path)
+    assert "6 of 6 cells" in capsys.readouterr().out
+    assert not (tmp_path / "soft-seed0").exists() and (tmp_path / "on-seed0" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     "changed, match",
     [
+        ({"reuse": {"softmask": "ar"}}, "study.reuse: got 'softmask' after 'ar'"),
+        ({"reuse": {"binary": "softmask", "softmask": "binary"}}, "study.reuse: got 'binary' after 'softmask'"),
+        ({"begin": {"new": "binary"}}, "study.begin: got 'new'"),
+        ({"only": {"softmask": ("nfes",)}}, "study.only.softmask: got 'nfes'"),
         ({"runs": {"binary": {}}}, "wanted two runs"),
         ({"baseline": "ar"}, "baseline"),
         ({"seeds": 0}, "seeds: got 0"),
@@ -94,7 +125,7 @@ def done_cells(cells, rows):
     return found
 
 
-def test_the_verdict_counts_pairs_and_seeds():
+def test_the_verdict_counts_pairs_and_seeds(monkeypatch):
     """Noise that both runs share drops out of their difference; three seeds that disagree widen its interval."""
     made, cells = read_study(study_config(seeds=3))
     random = np.random.RandomState(0)
@@ -116,6 +147,10 @@ def test_the_verdict_counts_pairs_and_seeds():
     assert mean == pytest.approx(-0.13, abs=0.01) and interval > 1
     assert "softmask better than binary beyond the interval at: count 64 steps 2." in lines
     assert "| binary | 2 | 1.0 | 9 | 1.500 |" in lines
+    monkeypatch.setattr("smdlm.study.page.WIDE", 1)  # a line for each run instead of a column
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page(made, done, 12, {}).splitlines()[:8]}
+    assert lines["| run"] == ["count 64 steps 2", "count 64 steps 4 |"] and "(" not in lines["| binary"][0]
+    assert lines["| softmask"][0].endswith(f"({differences['| count 64 steps 2'].strip(' |')})")
 
 
 def test_csv_and_panels_hold_every_cell():

@@ -154,8 +154,11 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
         hidden = denoiser(params, canvas, feedback, mask=attend)
         weights = masked * counts * objective.schedule.weight(t)[:, None]
         _, nll = readout.nll(head, hidden, tokens, weights)
-        feedback = denoiser.softmask.attach(readout.feedback(head, hidden, masked), hidden)
-        return feedback, jnp.sum(weights * nll, axis=1)
+        remembering = denoiser.softmask.remembering(masked, given=jnp.zeros_like(masked))
+        feedback = readout.feedback(head, hidden, remembering).replace(
+            forwards=feedback.forwards + 1, time=t - (times.t_max - times.t_min) / chain
+        )
+        return denoiser.softmask.attach(feedback, hidden), jnp.sum(weights * nll, axis=1)
 
     none = Feedback.none(*tokens.shape, readout.k)
     none = denoiser.softmask.attach(none, jnp.zeros((*tokens.shape, denoiser.model.width), denoiser.model.dtype))

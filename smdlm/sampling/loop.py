@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from smdlm.denoiser import Denoiser
 from smdlm.ops.filters import Filters
-from smdlm.readout import Readout
-from smdlm.sampling.policies import Policy, Times, linear_times
+from smdlm.readout import Draw, Readout
+from smdlm.sampling.policies import linear_times
+from smdlm.sampling.policy import Policy, Revising, Times
 from smdlm.softmask import Feedback
 
 
@@ -92,7 +93,8 @@ class Sampler:
         check_fields(self.steps, self.feedback_source, self.refresh)
         if self.use_feedback and self.denoiser.softmask is None:
             raise ValueError(
-                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or softmask.p_sm > 0)"
+                "sampling.use_feedback: got True for a model without soft-masking, wanted False (or softmask.p_sm > 0 "
+                "or softmask.soften)"
             )
 
     def __call__(self, params: Any, key: jax.Array, canvas: jax.Array) -> Samples:
@@ -146,22 +148,28 @@ class Sampler:
 
             hidden = jax.lax.cond(carry.changed.any(), fresh, lambda: carry.hidden)
             forwards = carry.forwards + carry.changed.any()
-        # 2. Draw a candidate for every masked position; 'raw' feedback also needs statistics where nothing is drawn.
-        read = jnp.ones_like(masked) if self.use_feedback and self.feedback_source == "raw" else masked
-        readout = dataclasses.replace(self.readout, k=max(2, self.readout.k))  # two for the margin
-        draw = readout.draw(self.denoiser.head(params), hidden, read, u_token, self.filters)
-        # 3. Commit and re-mask.
-        commit, remask, policy = self.policy(u_move, canvas, masked, draw, times, carry.policy)
-        commit, remask = commit & masked, remask & ~masked & ~prompt
+        # 2. Draw a candidate for every masked position; some also need statistics where nothing is drawn.
+        draw = self._draw(params, hidden, canvas, prompt, u_token)
+        # 3. Commit, re-mask, and replace where the policy does.
+        moves = self.policy(u_move, canvas, masked, draw, times, carry.policy)
+        commit, remask, policy = moves[0] & masked, moves[1] & ~masked & ~prompt, moves[-1]
         after = jnp.where(commit, draw.ids, jnp.where(remask, self.denoiser.mask_id, canvas))
-        # 4. What is masked now remembers this step's prediction.
+        if isinstance(self.policy, Revising):
+            edit = moves[2]
+            after = jnp.where((edit >= 0) & ~masked & ~remask & ~prompt, edit, after)
+        # 4. What is masked now remembers this step's prediction; with some operators every position does.
         feedback = None
         if self.use_feedback:
+            operator = self.denoiser.softmask
             feedback = draw.feedback.first(self.readout.k)
             if self.feedback_source == "subs":
                 feedback = _remember_token(feedback, remask, canvas)
-            feedback = feedback.replace(active=after == self.denoiser.mask_id)
-            feedback = self.denoiser.softmask.attach(feedback, hidden)
+            feedback = feedback.replace(
+                active=operator.remembering(after == self.denoiser.mask_id, prompt),
+                forwards=carry.feedback.forwards + (1 if self.refresh == "always" else carry.changed),
+                time=jnp.broadcast_to(times.s, len(canvas)),
+            )
+            feedback = operator.attach(feedback, hidden)
         changed = jnp.any(after != canvas, axis=1)
         if self.refresh == "on_batch_change":
             changed = jnp.broadcast_to(changed.any(), changed.shape)
@@ -173,6 +181,23 @@ class Sampler:
             hidden=None if self.refresh == "always" else hidden,
             changed=changed,
         )
+
+    def _draw(self, params: Any, hidden: jax.Array, canvas: jax.Array, prompt: jax.Array, u: jax.Array) -> Draw:
+        """Candidates and statistics of all positions whose prediction somebody asks for."""
+        masked, head = canvas == self.denoiser.mask_id, self.denoiser.head(params)
+        revising = isinstance(self.policy, Revising)
+        read = ~prompt if revising else masked
+        if self.use_feedback:
+            read |= self.denoiser.softmask.remembering(masked, prompt)
+            if self.feedback_source == "raw":
+                read = jnp.ones_like(masked)
+        readout = dataclasses.replace(self.readout, k=max(2, self.readout.k))  # two for the margin
+        draw = readout.draw(head, hidden, read, u, self.filters)
+        if revising:
+            committed = ~masked & ~prompt
+            _, nll = readout.nll(head, hidden, canvas, committed.astype(jnp.float32))
+            draw = draw.replace(canvas_prob=jnp.where(committed, jnp.exp(-nll), 0.0))
+        return draw
 
     def finish(self, params: Any, carry: Carry) -> Samples:
         """Noise removal: whatever is still masked becomes the argmax of one more forward, run only if needed."""

@@ -1,8 +1,8 @@
 """Which positions are committed or masked again at a step of sampling. A new sampler is one class here.
 
-A policy is a frozen dataclass behind the protocol `Policy`; its fields are config fields (config.sampling.eta, ...).
-Its randomness is one uniform per position, handed in, so that a run can be replayed and a row does not depend on its
-neighbours.
+A policy is a frozen dataclass behind the protocol `Policy` (policy.py); its fields are config fields
+(config.sampling.eta, ...). Its randomness is one uniform per position, handed in, so that a run can be replayed and a
+row does not depend on its neighbours.
 
 Shapes: B examples, L positions, T steps.
 """
@@ -10,21 +10,15 @@ Shapes: B examples, L positions, T steps.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from smdlm.readout import Draw
-
-
-class Times(flax.struct.PyTreeNode):
-    """One step of the schedule: from t to s < t, both f32; stacked [T] it is the `xs` of the sampler's scan."""
-
-    t: jax.Array
-    s: jax.Array
+from smdlm.sampling.adaptive import Edit, EntropyBound, Factor, Threshold, TokenToMask
+from smdlm.sampling.policy import Policy, Times
 
 
 def linear_times(steps: int, end: float = 1e-5) -> Times:
@@ -33,22 +27,6 @@ def linear_times(steps: int, end: float = 1e-5) -> Times:
         raise ValueError(f"sampling steps: got {steps}, wanted at least 1")
     t = np.linspace(1.0, end, steps + 1).astype(np.float32)[:-1]
     return Times(t=jnp.asarray(t), s=jnp.asarray(t - np.float32((1 - end) / steps)))
-
-
-class Policy(Protocol):
-    """init(masked [B, L] bool, at the start) -> carry (a pytree of [B, ...] arrays, or ()); one step as below."""
-
-    def init(self, masked: jax.Array) -> Any: ...
-
-    def __call__(
-        self, u: jax.Array, canvas: jax.Array, masked: jax.Array, draw: Draw, times: Times, carry: Any
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """(commit [B, L] bool, remask [B, L] bool, carry).
-
-        u: [B, L] uniforms in [0, 1), fine near 0 (loop.uniforms). canvas: [B, L] i32. masked: [B, L] bool.
-        draw: candidates for masked positions.
-        """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,4 +296,9 @@ POLICIES: dict[str, type[Policy]] = {
     "margin": Margin,
     "entropy": Entropy,
     "first_hitting": FirstHitting,
+    "entropy_bound": EntropyBound,
+    "factor": Factor,
+    "threshold": Threshold,
+    "remask": TokenToMask,
+    "edit": Edit,
 }

@@ -42,18 +42,18 @@ def run(given: Any, workdir: Path) -> None:
     """Does what is missing and prints the page. ValueError, one line, for a config that is no study."""
     if jax.process_count() > 1:
         raise ValueError(f"--mode=study: got {jax.process_count()} processes, wanted one")
-    study, cells = read_study(given)
+    study, cells = read_study(given, workdir)
     begin, judge = time.time(), _judge(study)
     with owned(workdir, "--workdir"):
         missing = [cell for cell in cells if _record(workdir, study, judge, cell) is None]
         for left, cell in zip(range(len(missing) - 1, -1, -1), missing, strict=True):
             samples = workdir / "cells" / f"{cell.name}.jsonl"
             if not samples.exists():
-                _train(cell, workdir / cell.run_name)
-                _sample(cell, workdir / cell.run_name, samples)
+                _train(cell, workdir / cell.folder)
+                _sample(cell, workdir / cell.folder, samples)
             _score(study, cell, judge, workdir)
             print(f"cell {cell.name}: done, {left} of {len(cells)} left, {time.time() - begin:.0f} s", flush=True)
-            if not left or missing[-left].run_name != cell.run_name:
+            if not left or missing[-left].run_name != cell.folder:
                 text = _write_page(study, cells, judge, workdir)
         print(text if missing else _write_page(study, cells, judge, workdir))
 
@@ -104,7 +104,7 @@ def _sample(cell: Cell, folder: Path, file: Path) -> None:
 
 def _score(study: Study, cell: Cell, judge: Scorer | None, workdir: Path) -> None:
     """Reads the samples of a cell and writes their values."""
-    made = _assembled(cell, workdir / cell.run_name)
+    made = _assembled(cell, workdir / cell.folder)
     file = workdir / "cells" / f"{cell.name}.jsonl"
     samples = read_samples(file, made.vocabulary.fingerprint, workdir / "cells" / f"{cell.name}.cache")
     seen = dataclasses.replace(experiment.subject(made, None), sample=lambda: samples.ids)
@@ -154,8 +154,8 @@ def _write_page(study: Study, cells: Sequence[Cell], judge: Scorer | None, workd
 def _summaries(cells: Sequence[Cell], workdir: Path) -> dict[str, list[Mapping[str, Any]]]:
     """{run: summaries of its seeds that are trained}."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for name, run_name in dict.fromkeys((cell.run, cell.run_name) for cell in cells):
-        file = workdir / run_name / "summary.json"
+    for name, folder in dict.fromkeys((cell.weights, cell.folder) for cell in cells):
+        file = workdir / folder / "summary.json"
         if file.exists():
             found.setdefault(name, []).append(json.loads(file.read_text("utf-8")))
     return found

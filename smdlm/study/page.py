@@ -16,6 +16,7 @@ from smdlm.evaluate.samples import Ratio, paired
 from smdlm.io.plots import Curve, Panel
 from smdlm.study.plan import Study
 
+WIDE = 4  # more runs than this are lines of the page, not columns
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # half-width of a 95 % interval of so many seeds, in standard errors
 
 Number = tuple[float, float] | None  # (mean, half-width of its 95 % interval)
@@ -37,14 +38,15 @@ def page(study: Study, done: Sequence[Done], total: int, trained: Mapping[str, S
         f"{len(done)} of {total} cells, {study.seeds} seeds; ± is the 95 % interval, of the pairs for differences."
     ]
     for score in study.scores:
-        parts += ["", f"## {score} (less is better)", "", *_comparison(study, done, score)]
+        table = _by_run if len(study.runs) > WIDE else _by_sampling
+        parts += ["", f"## {score} (less is better)", "", *table(study, done, score)]
     parts += ["", "## Other values, seeds averaged", "", *_other_values(study, done)]
     if trained:
         parts += ["", "## Training, seeds averaged", "", *_training(trained)]
     return "\n".join([*parts, ""])
 
 
-def _comparison(study: Study, done: Sequence[Done], score: str) -> list[str]:
+def _by_sampling(study: Study, done: Sequence[Done], score: str) -> list[str]:
     """A score of every run at every way to sample, its differences from the baseline's, and the verdicts."""
     others = [run for run in study.runs if run != study.baseline]
     names = [study.baseline, *others]
@@ -66,6 +68,21 @@ def _comparison(study: Study, done: Sequence[Done], score: str) -> list[str]:
         for run, found in better.items()
     ]
     return [*lines, "", *verdicts]
+
+
+def _by_run(study: Study, done: Sequence[Done], score: str) -> list[str]:
+    """The same for many runs: a line each, with the score and its difference to the baseline's at every setting."""
+    lines = [_row(["run", *map(spelled, study.settings())]), _row(["---"] * (1 + len(study.settings())))]
+    for run in study.runs:
+        numbers = []
+        for changed in study.settings():
+            here = [cell for cell in done if cell.changed == changed]
+            number = _spelled_number(_over_seeds([_own(cell, score) for cell in here if cell.run == run]))
+            if run != study.baseline:
+                number += f" ({_spelled_number(_over_seeds(_pairs(here, study.baseline, run, score)), sign='+')})"
+            numbers.append(number)
+        lines.append(_row([run, *numbers]))
+    return lines
 
 
 def _own(cell: Done, score: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from smdlm.config import Config, pick, read
@@ -30,6 +31,8 @@ class Study:
       show: values of the last table.
       front: the value that is drawn against the first score, '' for none: sample_entropy for a perplexity.
       seeds: every run is trained and sampled with the seeds 0 .. seeds - 1.
+      reuse: {run: another}: it is not trained, the other's weights are sampled with this run's fields.
+      begin: {run: another}: its training begins at the other's weights.
     """
 
     runs: Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -42,6 +45,8 @@ class Study:
     scorer: str = ""
     front: str = ""
     seeds: int = 1
+    reuse: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    begin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if len(self.runs) < 2 or self.baseline not in self.runs:
@@ -51,6 +56,13 @@ class Study:
             )
         if self.seeds < 1:
             raise ValueError(f"study.seeds: got {self.seeds}, wanted at least 1")
+        for name in ("reuse", "begin"):
+            for run, other in getattr(self, name).items():
+                if run not in self.runs or other not in self.runs or other in {**self.reuse, **self.begin}:
+                    raise ValueError(
+                        f"study.{name}: got {run!r} after {other!r}, wanted two of study.runs, the second one trained "
+                        "from the start"
+                    )
         if isinstance(self.scores, str) or not self.scores:
             raise ValueError(f"study.scores: got {self.scores!r}, wanted names of values, e.g. ('lab_excess_nats',)")
         for name in self.metrics.split(","):
@@ -75,12 +87,14 @@ class Cell:
     """One run, one seed, one way to sample.
 
     Attributes:
+      weights: the run whose weights are sampled, as a rule the same.
       changed: this way, {field of config.sampling: value}.
-      settings: the config of the run by sections, as it is trained. trained: the same, read.
-      config: the same with this way in its section sampling.
+      settings: the config of that run by sections, as it is trained. trained: the same, read.
+      config: that of this run, with this way in its section sampling.
     """
 
     run: str
+    weights: str
     seed: int
     changed: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -88,21 +102,23 @@ class Cell:
     config: Config
 
     @property
-    def run_name(self) -> str:
-        return f"{self.run}-seed{self.seed}"
+    def folder(self) -> str:
+        """The workdir of the weights."""
+        return f"{self.weights}-seed{self.seed}"
 
     @property
     def drawn(self) -> dict[str, Any]:
         """What samples must have been made of to be this cell's."""
         sampling = self.config.sampling
         settings = {**dataclasses.asdict(sampling), "policy": repr(sampling.policy)}
-        return {"run": self.run_name, "updates": self.config.updates, "sampling": settings}
+        made_of = {"weights": self.folder, "updates": self.trained.updates, "sampling": settings}
+        return made_of if self.weights == self.run else {**made_of, "softmask": repr(self.config.softmask.operator)}
 
     @property
     def name(self) -> str:
         """Of the files of its samples, without the ending."""
         changed = (f"{field}{value}" for field, value in self.changed.items())
-        return "-".join([self.run_name, *changed, digest(self.drawn)])
+        return "-".join([f"{self.run}-seed{self.seed}", *changed, digest(self.drawn)])
 
 
 def digest(facts: Any) -> str:
@@ -110,8 +126,10 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode("utf-8")).hexdigest()[:8]
 
 
-def read_study(given: Any) -> tuple[Study, list[Cell]]:
+def read_study(given: Any, workdir: Path = Path()) -> tuple[Study, list[Cell]]:
     """The study of a ConfigDict and all its cells, so that every mistake is found before anything is trained.
+
+    workdir: of the study, for runs that begin at the weights of another.
 
     Raises:
       ValueError: one line; no study, or a run or a way to sample that no config allows.
@@ -123,13 +141,22 @@ def read_study(given: Any) -> tuple[Study, list[Cell]]:
         study = Study(**settings.pop("study"))
     except TypeError as error:
         raise ValueError(f"config.study: got other fields than wanted ({error})") from error
-    cells = []
-    for seed, (run, changes) in itertools.product(range(study.seeds), study.runs.items()):
-        mine = dict(settings)
-        for section, values in (*changes.items(), ("train", {"seed": seed}), ("sampling", {"seed": seed})):
-            mine[section] = {**mine.get(section, {}), **values}
-        trained = read(mine)
+    cells, order = [], sorted(study.runs, key=lambda run: run in study.begin)  # what they begin at comes first
+    for seed, run in itertools.product(range(study.seeds), order):
+        weights = study.reuse.get(run, run)
+        mine, trained = (_changed(settings, study.runs[name], seed) for name in (run, weights))
+        if run in study.begin:
+            trained["train"]["init_from"] = str(workdir / f"{study.begin[run]}-seed{seed}")
+        as_trained = read(trained)
         for changed in study.settings(run):
-            sampled = mine | {"sampling": mine["sampling"] | changed}
-            cells.append(Cell(run, seed, changed, mine, trained, read(sampled)))
+            sampled = read(mine | {"sampling": mine["sampling"] | changed})
+            cells.append(Cell(run, weights, seed, changed, trained, as_trained, sampled))
     return study, cells
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """The settings by sections with the changes of a run, and its seed."""
+    changed = {section: dict(values) for section, values in settings.items()}
+    for section, values in (*changes.items(), ("train", {"seed": seed}), ("sampling", {"seed": seed})):
+        changed[section] = {**changed.get(section, {}), **values}
+    return changed

@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from smdlm import command, startup
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.gates import EntropyGate
 from smdlm.mesh.rules import MeshConfig, batch_sharding, param_shardings, state_shardings
 from smdlm.models import MODELS
 from smdlm.objective import SoftMaskedDiffusion
@@ -39,7 +40,7 @@ from smdlm.optimizer import OptimizerConfig, init_state, make_optimizer
 from smdlm.readout import Readout
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import Ancestral
-from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.softmask import SoftMask
 from smdlm.tools.aot.chips import CHIPS
 from smdlm.train import make_train_step
 

@@ -17,6 +17,7 @@ from golden.replay import example
 from smdlm.convert import mdlm
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import LogLinear, TimeSampler
+from smdlm.feedback.gates import Prediction
 from smdlm.readout import Readout
 from smdlm.softmask import Feedback
 
@@ -76,7 +77,7 @@ def test_both_passes(diffusion, full):
             got, size = reference.log_probs(params, hidden, canvas), largest(reference.logits(hidden))
             stored.check(BOTH_PASSES, key, got, where=reference.not_mask, size=size)
         if reference is diffusion:
-            lam = denoiser.softmask.gate(params["softmask"], feedback.neg_entropy)
+            lam = denoiser.softmask.gate(params["softmask"], Prediction(feedback.neg_entropy))
             indices, probs = sparse_form(feedback, lam, canvas, denoiser.mask_id)
             stored.check(BOTH_PASSES, "pass2_indices", indices)
             stored.check(BOTH_PASSES, "pass2_probs", probs)

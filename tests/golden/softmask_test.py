@@ -9,11 +9,12 @@ from golden.arrays import Group, compare, largest
 from golden.forms import sparse_form
 from golden.models import MDLM, subs
 from smdlm.convert import mdlm
+from smdlm.feedback.gates import EntropyGate, Prediction
 from smdlm.full_softmask import FullSoftMask
 from smdlm.models.base import Head
 from smdlm.ops.vocab import neg_entropy
 from smdlm.readout import exclude
-from smdlm.softmask import EntropyGate, Feedback, SoftMask, summarize
+from smdlm.softmask import Feedback, SoftMask, summarize
 
 SUBS = Group("SUBS", 3e-7)  # as a share of the largest logit: two and a half of its ulps
 SOFTMASK = Group("soft mask", 1e-6)
@@ -69,7 +70,7 @@ def test_topk(diffusion, omega):
     untied, masked = ~stored["tie_ambiguous"], canvas == mask_id
     entropy = neg_entropy(log_p)
     stored.check(SOFTMASK, "neg_entropy_T1", entropy, size=max(1.0, largest(entropy)))  # up to ln V
-    lam = np.where(masked, EntropyGate()(omega, entropy), 0.0)
+    lam = np.where(masked, EntropyGate()(omega, Prediction(entropy)), 0.0)
     stored.check(SOFTMASK, "lambda_T1", lam)
 
     def embed(canvas, feedback):
@@ -112,7 +113,7 @@ def test_temperature(diffusion, omega):
     log_p, masked = jnp.asarray(stored["log_p"]), canvas == mask_id
     operator, one = FullSoftMask(chunk=17), jnp.eye(diffusion.vocab)
     mixed, entropy = operator.mix(omega, one, log_p)
-    lam = np.where(masked, operator.gate(omega, entropy), 0.0)
+    lam = np.where(masked, operator.gate(omega, Prediction(entropy)), 0.0)
     stored.check(SOFTMASK, "neg_entropy_temp", entropy, size=max(1.0, largest(entropy)))
     stored.check(SOFTMASK, "lambda_temp", lam)
     stored.check(SOFTMASK, "temp_p_out", (1 - lam)[..., None] * one[canvas] + lam[..., None] * mixed)

@@ -63,7 +63,7 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
         lowered = step.lower(state, batch)
     tokens = data.batch_size * data.seq_len
     # A backward pass costs two forwards; pass one has none.
-    two_passes = experiment.objective.p_sm > 0
+    two_passes = experiment.objective.p_step > 0
     task = _Task(
         lowered,
         "train (plain)" if simple else "train",
