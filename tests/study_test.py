@@ -12,7 +12,7 @@ from smdlm import study
 from smdlm.evaluate.base import Value
 from smdlm.evaluate.record import Record, read_record
 from smdlm.evaluate.samples import Ratio, paired
-from smdlm.study.page import Done, csv_of, page, panels
+from smdlm.study.report import Done, csv_of, page, panels
 from smdlm.study.plan import read_study
 
 
@@ -147,7 +147,7 @@ def test_the_verdict_counts_pairs_and_seeds(monkeypatch):
     assert mean == pytest.approx(-0.13, abs=0.01) and interval > 1
     assert "softmask better than binary beyond the interval at: count 64 steps 2." in lines
     assert "| binary | 2 | 1.0 | 9 | 1.500 |" in lines
-    monkeypatch.setattr("smdlm.study.page.WIDE", 1)  # a line for each run instead of a column
+    monkeypatch.setattr("smdlm.study.report.WIDE", 1)  # a line for each run instead of a column
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page(made, done, 12, {}).splitlines()[:8]}
     assert lines["| run"] == ["count 64 steps 2", "count 64 steps 4 |"] and "(" not in lines["| binary"][0]
     assert lines["| softmask"][0].endswith(f"({differences['| count 64 steps 2'].strip(' |')})")

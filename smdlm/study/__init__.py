@@ -8,7 +8,7 @@ already is not done again, so the same command continues a killed study, and ano
 WORKDIR/RUN-seed0/                           an ordinary workdir
 WORKDIR/cells/RUN-seed0-steps8-KEY.jsonl     the samples of a cell
 WORKDIR/cells/RUN-seed0-steps8-KEY-KEY.json  its values, with .npz: a record, as --mode=compare reads it
-WORKDIR/study.md, .csv, .png                 the page, written anew after every run (page.py)
+WORKDIR/study.md, .csv, .png                 the page, written anew after every run (report.py)
 
 All runs of one seed sample with the same noise, so that their differences come with the interval of the pairs.
 """
@@ -34,7 +34,7 @@ from smdlm.evaluate.samples import facts, read_samples
 from smdlm.files import owned, sha256, write
 from smdlm.io.plots import draw_panels
 from smdlm.score import load_scorer, work
-from smdlm.study.page import Done, csv_of, page, panels
+from smdlm.study.report import Done, csv_of, page, panels
 from smdlm.study.plan import JUDGED, Cell, Study, digest, read_study
 
 
