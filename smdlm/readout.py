@@ -39,16 +39,16 @@ class Draw(flax.struct.PyTreeNode):
     """A candidate for every masked position.
 
     Attributes:
-      ids: [B, L] i32 sampled tokens (0 where nothing was asked for).
-      log_prob: [B, L] f32 their log-probability under the filtered, renormalised distribution.
+      ids: [B, L] i32 sampled tokens (0 where nothing was asked for); None where only statistics were read.
+      log_prob: [B, L] f32 their log-probability under the filtered, renormalised distribution; None likewise.
       feedback: statistics of the unfiltered distribution at temperature 1: the next step's feedback, and with at least
         two candidates the confidence measures (most probable, margin, entropy).
       canvas_prob: [B, L] f32, the probability of the token on the canvas where one was committed, else 0; only for a
         policy that revises (sampling/policies.py).
     """
 
-    ids: jax.Array
-    log_prob: jax.Array
+    ids: jax.Array | None
+    log_prob: jax.Array | None
     feedback: Feedback
     canvas_prob: jax.Array | None = None
 

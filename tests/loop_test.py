@@ -21,7 +21,7 @@ from smdlm.sampling.policies import (
     Times,
     linear_times,
 )
-from smdlm.sampling.policy import Revising
+from smdlm.sampling.policy import Drawing, Revising
 from smdlm.softmask import SoftMask
 
 B, L, T = 3, 8, 6
@@ -70,6 +70,10 @@ class Shuffling:
 
     def __call__(self, u, canvas, masked, draw, times, carry):
         return u < 0.6, u > 0.7, carry + 1
+
+
+class Looking(Shuffling, Drawing):
+    """Has every masked position drawn before it decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +162,12 @@ def test_compiled_scan_is_a_python_loop(denoiser, params, variant):
     assert np.all((tokens >= 0) & (tokens < MASK))  # every mask is filled
     np.testing.assert_array_equal(tokens[prompt], np.asarray(canvas)[prompt])
     assert 1 <= int(got.forwards) <= T + 1
+
+
+def test_drawing_only_what_is_committed_changes_nothing(denoiser, params):
+    lazy, eager = (make_sampler(denoiser, policy=p, filters=Filters(top_p=0.9)) for p in (Shuffling(), Looking()))
+    key, canvas = jax.random.key(5), canvas_with_prompts()
+    assert_identical(lazy(params, key, canvas), eager(params, key, canvas))
 
 
 def test_a_committed_token_stays(sampler, params):

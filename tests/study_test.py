@@ -12,8 +12,8 @@ from smdlm import study
 from smdlm.evaluate.base import Value
 from smdlm.evaluate.record import Record, read_record
 from smdlm.evaluate.samples import Ratio, paired
-from smdlm.study.report import Done, csv_of, page, panels
 from smdlm.study.plan import read_study
+from smdlm.study.report import Done, csv_of, page, panels
 
 
 def study_config(**changed):

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from smdlm.denoiser import Denoiser
+from smdlm.models.base import Head
 from smdlm.ops.filters import Filters
 from smdlm.readout import Draw, Readout
 from smdlm.sampling.policies import linear_times
-from smdlm.sampling.policy import Policy, Revising, Times
+from smdlm.sampling.policy import Drawing, Policy, Revising, Times
 from smdlm.softmask import Feedback
 
 
@@ -148,12 +149,16 @@ class Sampler:
 
             hidden = jax.lax.cond(carry.changed.any(), fresh, lambda: carry.hidden)
             forwards = carry.forwards + carry.changed.any()
-        # 2. Draw a candidate for every masked position; some also need statistics where nothing is drawn.
-        draw = self._draw(params, hidden, canvas, prompt, u_token)
+        # 2. Read every position whose prediction somebody asks for, and draw candidates if the policy looks at them.
+        head = self.denoiser.head(params)
+        draw = self._read(head, hidden, canvas, prompt, u_token)
         # 3. Commit, re-mask, and replace where the policy does.
         moves = self.policy(u_move, canvas, masked, draw, times, carry.policy)
         commit, remask, policy = moves[0] & masked, moves[1] & ~masked & ~prompt, moves[-1]
-        after = jnp.where(commit, draw.ids, jnp.where(remask, self.denoiser.mask_id, canvas))
+        ids = draw.ids
+        if ids is None:
+            ids = self.readout.draw(head, hidden, commit, u_token, self.filters).ids
+        after = jnp.where(commit, ids, jnp.where(remask, self.denoiser.mask_id, canvas))
         if isinstance(self.policy, Revising):
             edit = moves[2]
             after = jnp.where((edit >= 0) & ~masked & ~remask & ~prompt, edit, after)
@@ -182,9 +187,9 @@ class Sampler:
             changed=changed,
         )
 
-    def _draw(self, params: Any, hidden: jax.Array, canvas: jax.Array, prompt: jax.Array, u: jax.Array) -> Draw:
-        """Candidates and statistics of all positions whose prediction somebody asks for."""
-        masked, head = canvas == self.denoiser.mask_id, self.denoiser.head(params)
+    def _read(self, head: Head, hidden: jax.Array, canvas: jax.Array, prompt: jax.Array, u: jax.Array) -> Draw:
+        """Statistics of all positions whose prediction somebody asks for, and the candidates of a `Drawing` policy."""
+        masked = canvas == self.denoiser.mask_id
         revising = isinstance(self.policy, Revising)
         read = ~prompt if revising else masked
         if self.use_feedback:
@@ -192,7 +197,10 @@ class Sampler:
             if self.feedback_source == "raw":
                 read = jnp.ones_like(masked)
         readout = dataclasses.replace(self.readout, k=max(2, self.readout.k))  # two for the margin
-        draw = readout.draw(head, hidden, read, u, self.filters)
+        if isinstance(self.policy, Drawing):
+            draw = readout.draw(head, hidden, read, u, self.filters)
+        else:
+            draw = Draw(None, None, readout.feedback(head, hidden, read))
         if revising:
             committed = ~masked & ~prompt
             _, nll = readout.nll(head, hidden, canvas, committed.astype(jnp.float32))

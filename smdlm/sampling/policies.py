@@ -18,7 +18,7 @@ import numpy as np
 
 from smdlm.readout import Draw
 from smdlm.sampling.adaptive import Edit, EntropyBound, Factor, Threshold, TokenToMask
-from smdlm.sampling.policy import Policy, Times
+from smdlm.sampling.policy import Drawing, Policy, Times
 
 
 def linear_times(steps: int, end: float = 1e-5) -> Times:
@@ -105,7 +105,7 @@ class Rescale(_ReMDM):
 
 
 @dataclasses.dataclass(frozen=True)
-class Confidence(_ReMDM):
+class Confidence(_ReMDM, Drawing):
     """ReMDM-conf: sigma_max is shared out over the visible positions by how unsure their tokens were when drawn.
 
     The carry [B, L] is minus the probability a token was drawn with; -inf where masked, whose share is 0.

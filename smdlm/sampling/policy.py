@@ -31,9 +31,17 @@ class Policy(Protocol):
         """(commit [B, L] bool, remask [B, L] bool, carry).
 
         u: [B, L] uniforms in [0, 1), fine near 0 (loop.uniforms). canvas: [B, L] i32. masked: [B, L] bool.
-        draw: candidates for masked positions.
+        draw: statistics of the prediction at every masked position (draw.feedback). Its ids and log_prob are None
+          unless the policy is `Drawing`.
         """
         ...
+
+
+class Drawing:
+    """Base of the policies that look at the candidate of every masked position, `draw.ids` and `draw.log_prob`.
+
+    A draw costs several times what the statistics do; for all other policies only what they commit is drawn.
+    """
 
 
 class Revising:

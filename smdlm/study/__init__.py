@@ -34,8 +34,8 @@ from smdlm.evaluate.samples import facts, read_samples
 from smdlm.files import owned, sha256, write
 from smdlm.io.plots import draw_panels
 from smdlm.score import load_scorer, work
-from smdlm.study.report import Done, csv_of, page, panels
 from smdlm.study.plan import JUDGED, Cell, Study, digest, read_study
+from smdlm.study.report import Done, csv_of, page, panels
 
 
 def run(given: Any, workdir: Path) -> None:
