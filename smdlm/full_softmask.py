@@ -70,7 +70,8 @@ class FullSoftMask(SoftMask):
         split, whole = PartitionSpec(axes), PartitionSpec()
         local = traced.per_shard(self._mix_all, axes, (whole, whole, whole, split), split)
         rows = traced.lookup(table, tokens).astype(jnp.float32)
-        candidate, entropy = local(omega, table.astype(jnp.float32), jax.lax.stop_gradient(head), feedback.hidden)
+        scalars = {name: value for name, value in omega.items() if value.ndim == 0}  # no shard needs a matrix here
+        candidate, entropy = local(scalars, table.astype(jnp.float32), jax.lax.stop_gradient(head), feedback.hidden)
         return rows, candidate, entropy
 
     def _mix_all(self, omega: Params, table: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,8 @@ from smdlm.mesh import traced
 from smdlm.models.base import MatrixAxes
 from smdlm.softmask import Feedback, SoftMask
 
-ZEROS, logical = nn.initializers.zeros, nn.with_logical_partitioning
+ZEROS = nn.initializers.zeros
+logical = nn.with_logical_partitioning  # names the axes, for mesh/rules.py
 
 
 def _refuse_mixer(operator: SoftMask) -> None:

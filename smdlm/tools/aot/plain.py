@@ -21,6 +21,8 @@ class PlainReadout:
     def feedback(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
         return summarize(jax.nn.log_softmax(head.logits(hidden)), masked, self.k)
 
+    feedback_with_gradient = feedback
+
     def nll(self, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs = jax.nn.log_softmax(head.logits(hidden))
         nll = -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
