@@ -31,7 +31,6 @@ from smdlm.evaluate.record import Record, write_record
 from smdlm.evaluate.samples import Ratio, append, kept
 from smdlm.files import sha256
 
-
 Generate = Callable[[Sequence[Prompt], Draw], Sequence[str]]
 
 
@@ -203,7 +202,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def jackknife(n: int, c: int, k: int) -> float:
     """Variance of pass_at_k over the n samples: each is left out once; n > k."""
-    without = np.array([pass_at_k(n - 1, c - 1, k)] * c + [pass_at_k(n - 1, c, k)] * (n - c))
+    without = np.array([pass_at_k(n - 1, c - (i < c), k) for i in range(n)])  # the first c are the right ones
     return float((n - 1) / n * np.sum((without - without.mean()) ** 2))
 
 

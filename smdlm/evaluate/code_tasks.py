@@ -185,7 +185,7 @@ def sanitize(text: str, entry_point: str | None, *, lines: int | None = None, ke
 
 
 def _longest(lines: list[str]) -> ast.Module:
-    """The tree of the run with the most non-blank lines that parses; of equal ones that which begins, then ends first."""
+    """The tree of the run with the most non-blank lines that parses; of equal ones the first to begin, then to end."""
     filled = [0]
     for line in lines:
         filled.append(filled[-1] + bool(line.strip()))

@@ -4,8 +4,8 @@
 [--sandbox=namespaces|docker|process] [--workers=N]
 
 Draws an answer to every task from the model of a run, at several NFE one after the other, keeps the answers, runs them
-in the sandbox and prints pass@k. --replay evaluates the reference solutions instead, as a model that knows them: what is
-short of 100 % then is the protocol's doing. The same command goes on where a killed one stopped.
+in the sandbox and prints pass@k. --replay evaluates the reference solutions instead, as a model that knows them: what
+is short of 100 % then is the protocol's doing. The same command goes on where a killed one stopped.
 """
 
 from __future__ import annotations
