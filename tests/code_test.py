@@ -349,7 +349,7 @@ def test_command(humaneval, tmp_path, capsys):
     assert shown.count("pass@1 100.0") == 3 and "(6 passed)" in shown and "empty 0.0" in shown
     for wrong, line in (
         ("--nfe=x", "--nfe: got 'x'"),
-        ("--set=mbpp", "--tasks"),
+        ("--set=mbpp", "without 'test_list'"),
         ("--protocol=x", "--protocol: got 'x'"),
     ):
         with pytest.raises(SystemExit):

@@ -142,7 +142,7 @@ HOSTILE = {
     "executing another program": ("import os\nos.execv('/usr/bin/env', ['env'])", TESTS, "error: "),
     "reading stdin": ("input()", TESTS, "error: EOFError"),
     "10^6 open files": ("files = [open('/dev/null') for _ in range(10 ** 6)]", TESTS, "error: OSError: [Errno 24]"),
-    "closing its pipes": ("import os\nos.closerange(0, 64)", TESTS, "exited: status 1"),
+    "closing its pipes": ("import os\nos.closerange(0, 64)", TESTS, "exited: "),
     "endless recursion": ("def f(x): return f(x)", TESTS, "error: RecursionError"),
     "no Python": ("def f(x:\n", TESTS, "error: SyntaxError"),
     "raising the failure of its choice": ("def f(x): raise SystemError('passed')", TESTS, "error: SystemError"),
