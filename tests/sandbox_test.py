@@ -291,10 +291,16 @@ def test_the_entry_point_is_the_programs_and_helpers_are_not(namespaces):
         ("x = 1\n", "passed"),
         ("assert 1 == 2\ndef f(): pass\n", "failed"),
         ("1 / 0\n", "error: ZeroDivisionError"),
+        ("def f(): return 1\n\nif __name__ == '__main__':\n    assert f() == 2\n", "failed"),
     ],
 )
 def test_program_and_tests_in_one_piece(whole, status, namespaces):
     assert check(whole, 5).status.startswith(status)
+
+
+def test_the_demonstration_of_an_answer_is_not_run(namespaces):
+    program = "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n\ndef f(x): return A(x).x + 1\n"
+    assert check(program + "if __name__ == '__main__':\n    raise SystemExit\n", 5, tests=TESTS).passed
 
 
 # --------------------------------------------------------------------------------------------------------- fails closed

@@ -77,7 +77,7 @@ class CodeEvaluation:
         name = f"code-{self.protocol.name}-{self.set_name}-nfe{steps}"
         samples = self._draw(workdir / "samples" / f"{name}.jsonl", steps)
         verdicts = self._judge(workdir / "samples" / f"{name}.verdicts.jsonl", samples)
-        facts = self.protocol.facts(self.set_name, steps) | {"tasks": len(self.tasks), "samples": self.samples}
+        facts = self._facts(steps) | {"samples": self.samples}
         about = {
             "model": dict(self.model),
             "sandbox": {"asked": self.isolation, "walls": walls},
@@ -95,10 +95,15 @@ class CodeEvaluation:
     def wanted(self) -> list[tuple[str, int]]:
         return [(name, number) for name in self.tasks for number in range(self.samples)]
 
+    def _facts(self, steps: int) -> dict[str, Any]:
+        """What must be equal in results that are compared, and in samples of one file."""
+        content = _digest(json.dumps([dataclasses.asdict(task) for task in self.tasks.values()]))
+        return self.protocol.facts(self.set_name, steps) | {"tasks": len(self.tasks), "content": content}
+
     def _draw(self, path: Path, steps: int) -> list[dict[str, Any]]:
         """All samples, those that were missing drawn and added batch by batch."""
-        made = json.dumps([self.protocol.facts(self.set_name, steps), dict(self.model), self.seed], sort_keys=True)
-        identity = hashlib.sha256(made.encode("utf-8")).hexdigest()[:16]
+        made = json.dumps([self._facts(steps), dict(self.model), self.seed], sort_keys=True)
+        identity = _digest(made)
         found = kept(path)
         if any(row["made"] != identity for row in found):
             raise ValueError(
@@ -137,8 +142,7 @@ class CodeEvaluation:
         """A verdict for every sample, in their order; those that are there for the same program are not run again."""
 
         def digest(row: Mapping[str, Any]) -> str:
-            text = row["program"].encode("utf-8", errors="surrogatepass")
-            return hashlib.sha256(text + self.isolation.encode()).hexdigest()[:16]
+            return _digest(json.dumps([row["program"], self.isolation]))
 
         def judge(row: Mapping[str, Any]) -> dict[str, Any]:
             task = self.tasks[row["task"]]
@@ -160,6 +164,10 @@ class CodeEvaluation:
                 append(path, [verdict])
                 found[verdict["task"], verdict["sample"], verdict["program"]] = verdict
         return [found[row["task"], row["sample"], digest(row)] for row in samples]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------------------- values

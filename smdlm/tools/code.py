@@ -21,7 +21,7 @@ from smdlm.evaluate.code_protocols import CODE_PROTOCOLS, Draw, Prompt, code_pro
 from smdlm.evaluate.code_tasks import SETS, read_tasks
 from smdlm.evaluate.record import Record
 from smdlm.evaluate.sandbox import SANDBOXES
-from smdlm.files import local_path, owned, sha256
+from smdlm.files import local_path, owned
 from smdlm.library import Trained
 
 
@@ -93,7 +93,7 @@ def run(given: argparse.Namespace) -> list[Record]:
     shares = [float(_fraction(text)) for text in given.nfe.split(",")]
     for share in shares:
         protocol.steps(given.set, share)  # before anything is computed
-    tasks, outside, file = read_tasks(given.set, given.tasks, given.limit)
+    tasks, outside = read_tasks(given.set, given.tasks, given.limit)
     if given.replay is not None:
         workdir, model = local_path("--replay", given.replay), {"name": "reference solutions"}
         generate = replay(protocol, given.set, tasks, outside)
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace) -> list[Record]:
         set_name=given.set,
         tasks=tasks,
         outside=outside,
-        model=model | {"data": sha256(file)},
+        model=model,
         generate=generate,
         samples=given.samples,
         batch=given.batch,

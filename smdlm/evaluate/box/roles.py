@@ -105,8 +105,7 @@ class Channel:
 
 def candidate(channel: Channel) -> None:
     """Answers questions about a program until nobody asks."""
-    module = types.ModuleType("program")  # not '__main__': what stands under that is not run, as in the usual harnesses
-    sys.modules["program"] = module
+    module = types.ModuleType("program")
     held: list[Any] = []
 
     def opaque(value: Any) -> Any:
@@ -117,6 +116,8 @@ def candidate(channel: Channel) -> None:
 
     def answer(op: str, target: Any = None, **given: Any) -> Any:
         if op == "load":
+            module.__name__ = given["name"]
+            sys.modules[module.__name__] = module
             exec(compile(given["program"], "program", "exec"), module.__dict__)
             return None
         if op == "name":
@@ -205,8 +206,11 @@ def _judge(job: Mapping[str, Any], ask: Callable[..., Any]) -> str:
     """One line: 'passed', 'failed', 'memory', or 'error: ..'."""
     names = Names(ask)
     try:
-        program, tests = (job["program"], job["tests"]) if job["tests"] is not None else split(job["program"])
-        ask(op="load", program=program)
+        if job["tests"] is None:  # nothing of a whole program may be left out
+            (program, tests), name = split(job["program"]), "__main__"
+        else:  # what an answer has under '__main__' is its own demonstration; the usual harnesses do not run it, either
+            program, tests, name = job["program"], job["tests"], "program"
+        ask(op="load", program=program, name=name)
         exec(compile(job["setup"], "setup", "exec"), names)
         if job["entry_point"]:
             names[job["entry_point"]] = ask(op="name", name=job["entry_point"])
