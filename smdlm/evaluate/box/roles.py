@@ -263,7 +263,7 @@ def start(role: str, sandbox: str, folder: str, cpu_s: int, memory: int, put_up:
     try:
         walls = put_up(sandbox, folder, cpu_s, memory)
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: a C library without the function
-        channel.send({"refused": str(error)})
+        channel.send({"refused": getattr(error, "strerror", None) or str(error)})
         os._exit(3)
     sys.set_int_max_str_digits(0)
     channel.send({"walls": walls})
