@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 SANDBOXES = ("namespaces", "docker", "process")
@@ -128,29 +129,25 @@ class _Peer:
     def __enter__(self) -> _Peer:
         self.folder = tempfile.TemporaryDirectory(prefix="smdlm-box-", ignore_cleanup_errors=True)
         self.container = f"smdlm-{secrets.token_hex(8)}"
-        inside = "/box" if self.sandbox == "docker" else self.folder.name
+        docker = self.sandbox == "docker"
         given = {
             "role": self.role,
-            "sandbox": "process" if self.sandbox == "docker" else self.sandbox,
-            "folder": inside,
+            "sandbox": "process" if docker else self.sandbox,
+            "folder": "/box" if docker else self.folder.name,
             "cpu_s": math.ceil(self.timeout_s) + 2,  # more than the deadline, which is the one that is meant
             "memory": MEMORY,
         }
-        python = ["python"] if self.sandbox == "docker" else [sys.executable]
-        command = [*python, "-I", "-c", _inside(), json.dumps(given)]
-        if self.sandbox == "docker":
-            command = [*self._docker(), *command]
-        environment = ENVIRONMENT | {"HOME": inside, "TMPDIR": inside}
-        if self.sandbox == "namespaces":
-            environment |= {"HOME": "/box", "TMPDIR": "/box"}
+        home = self.folder.name if self.sandbox == "process" else "/box"
+        environment = ENVIRONMENT | {"HOME": home, "TMPDIR": home}
+        start = self._docker(environment) if docker else [sys.executable]
         try:
             self.process = subprocess.Popen(
-                command,
+                [*start, "-I", "-c", _inside(), json.dumps(given)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,  # said before the walls are up; a program has none
                 bufsize=0,
-                env=environment | ({"PATH": os.environ.get("PATH", "")} if self.sandbox == "docker" else {}),
+                env=None if docker else environment,  # docker's command needs ours, the container has its own
                 cwd="/",
                 start_new_session=True,
             )
@@ -170,10 +167,13 @@ class _Peer:
             pipe.close()
         self.folder.cleanup()
 
-    def _docker(self) -> list[str]:
+    def _docker(self, environment: Mapping[str, str]) -> list[str]:
         words = f"docker run --rm -i --pull=never --name={self.container} --network=none --read-only --cap-drop=ALL"
         words += f" --security-opt=no-new-privileges --user=65534:65534 --memory={MEMORY} --memory-swap={MEMORY}"
-        return [*words.split(), "--pids-limit=64", "--tmpfs=/box:rw,size=64m,mode=1777", IMAGE]
+        words += f" --pids-limit=64 --tmpfs=/box:rw,size=64m,mode=1777 {IMAGE} python"
+        command = words.split()
+        variables = [f"--env={name}={value}" for name, value in environment.items()]
+        return [*command[:2], *variables, *command[2:]]
 
     def come_up(self) -> list[str]:
         """Waits for the walls, by name. ValueError without them."""
