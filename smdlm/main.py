@@ -108,6 +108,7 @@ def _sample(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
     with jax.set_mesh(made.mesh):
         params, step = experiment.restore(made, checkpointer, config.sampling.omega)
         sampled = experiment.sample(made, params)
+        experiment.write_viewer(made, params)
     if jax.process_index() == 0:
         name = unused_name(workdir / "samples", f"step_{step:08d}_sample")
         Writer(workdir, total_steps=step).samples(name, experiment.sample_records(made, sampled))
