@@ -71,7 +71,10 @@ def test_eval_and_sample(finished):
     workdir, stdout = finished
     row = next(line for line in stdout.splitlines() if line.startswith("two passes"))
     assert row in call(workdir, "--mode=eval").stdout, "another number for the same weights and masks"
-    sampled = call(workdir, "--mode=sample", "--config.sampling.prompt=Doc").stdout
+    page = workdir.parent / "out.html"
+    flags = ("--config.sampling.prompt=Doc", f"--config.sampling.viewer={page}")
+    sampled = call(workdir, "--mode=sample", *flags).stdout
+    assert "4 steps, seed 0" in page.read_text("utf-8") and str(page) in sampled
     assert sampled.split("--- sample 1")[1].split("\n")[1].startswith("Doc")
 
 

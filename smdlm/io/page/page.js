@@ -34,7 +34,8 @@
     return [text.slice(0, start), core, text.slice(start + core.length)];
   }
   const parts = words.map(split);
-  const shown = (word) => (words[word].trim() || words[word].includes("\n") ? parts[word][1] : words[word].replace(/ /g, "\u2423"));
+  const shown = (word) => parts[word][1].replace(/^ +$/, (blanks) => "\u2423".repeat(blanks.length));
+  const spelled = (word) => words[word].replace(/ /g, "\u2423").replace(/\n/g, "\u21b5"); // with its blanks
   const nth = (run, frame) => Math.min(frame, run.tokens.length - 1); // a run may be a frame shorter
 
   /** Where in run.seen[frame] the numbers of each position begin, -1 without a prediction. */
@@ -201,7 +202,7 @@
     const node = make("div", `card ${run.kind}`);
     const title = node.appendChild(make("h3"));
     title.append(make("span", "swatch"), run.name);
-    const what = now < 0 ? "masked" : `holds \u201c${shown(now)}\u201d`;
+    const what = now < 0 ? "masked" : `holds \u201c${spelled(now)}\u201d`;
     node.append(make("p", "status", `${what}; ${rest(run, place)}`));
     let asOf = frame; // of a committed token, what was predicted last
     while (asOf > 0 && !prediction(run, asOf, place)) asOf -= 1;
@@ -217,8 +218,8 @@
     }
     if (run.soft) table.append(row(run, "[MASK]", 1 - seen.lam, "", true));
     for (const one of seen.best) {
-      if (run.soft) table.append(row(run, shown(one.word), seen.lam * one.weight, one.prob.toFixed(3), false));
-      else table.append(row(run, shown(one.word), one.prob, null, false));
+      if (run.soft) table.append(row(run, spelled(one.word), seen.lam * one.weight, one.prob.toFixed(3), false));
+      else table.append(row(run, spelled(one.word), one.prob, null, false));
     }
     return node;
   }
