@@ -24,7 +24,7 @@ def test_flops_of_an_update_are_those_of_its_forwards():
     """By hand, for a model whose head dominates."""
     settings = {
         "model": {"width": 16, "depth": 1, "heads": 2, "cond": 8, "vocab_multiple": 1},
-        "data": {"source": "text:x", "seq_len": 8, "batch_size": 4},
+        "data": {"source": "text:x", "tokenizer": "bytes", "seq_len": 8, "batch_size": 4},
         "train": {"steps": 10},
     }
 

@@ -179,7 +179,9 @@ class Browser:
     def __init__(self, program, folder):
         flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage"
         flags += f" --remote-debugging-port=0 --user-data-dir={folder} --window-size=1280,1000"
-        self.process = subprocess.Popen([program, *flags.split()], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [program, *flags.split(), "about:blank"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         port_file, deadline = folder / "DevToolsActivePort", time.time() + 60
         while not (port_file.exists() and port_file.read_text().count("\n")):
             assert time.time() < deadline and self.process.poll() is None, "the browser did not start"
@@ -376,6 +378,20 @@ def test_numbers_of_a_position(browser, file):
     browser.click(f'.run.soft .cell[data-at="{place}"]')  # lets go
     assert browser("document.getElementById('cards').children.length") == 0
     assert browser.complaints() == []
+
+
+def test_the_picture_moves_unless_the_reader_wants_none(browser, tmp_path):
+    viewer.write(tmp_path / "out.svg", make_show())
+    browser.open(tmp_path / "out.svg")
+    assert browser("document.getAnimations().length") > L
+    # Put to the end of the run it is what it is without animations.
+    opacities = "[...document.querySelectorAll('rect, text')].map(node => +getComputedStyle(node).opacity)"
+    end = int(1000 * (animation.PLAYED + animation.HELD / 2))
+    browser(f"document.getAnimations().forEach(one => {{ one.pause(); one.currentTime = {end}; }})")
+    moved = browser(opacities)
+    browser.open(tmp_path / "out.svg", calm=True)
+    assert browser("document.getAnimations().length") == 0 and browser(opacities) == moved
+    assert 0 in moved and 1 in moved and browser.complaints() == []
 
 
 # Texts whose colour stands out too little from what lies behind them: [ratio, text]. A candidate that fades in is no

@@ -141,7 +141,7 @@
       const at = placeOf(event);
       if (!at) return;
       if (state.pinned && state.at === +at) choose(null, false);
-      else choose(+at, true);
+      else choose(+at, true, run);
     });
     get("runs").append(section);
   }
@@ -170,12 +170,13 @@
     }
   }
 
-  const number = (value, digits) => (value === null || value === undefined ? "\u2013" : value.toFixed(digits));
-
   function describe(run, frame) {
     const words = [`${run.masked[frame]} of ${length} masked`];
-    if (run.soft) words.push(`\u03bb ${number(run.lam[frame], 3)}`);
-    words.push(`entropy ${number(run.entropy[frame], 2)} nats`, `${run.forwards[frame]} forwards`);
+    if (run.entropy[frame] !== null) {
+      if (run.soft) words.push(`\u03bb ${run.lam[frame].toFixed(3)}`);
+      words.push(`entropy ${run.entropy[frame].toFixed(2)} nats`);
+    }
+    words.push(`${run.forwards[frame]} forwards`);
     if (run.cached[frame]) words.push(`first ${run.cached[frame]} cached`);
     return words.join(" \u00b7 ");
   }
@@ -224,15 +225,17 @@
     return node;
   }
 
-  function choose(at, pin) {
+  /** Shows the numbers of a position, or of none; `pin` keeps it until it is let go, and in sight in one run. */
+  function choose(at, pin, run = runs[0]) {
     const old = state.at;
     state.at = at, state.pinned = pin;
-    for (const run of runs) {
-      if (old !== null) run.cells[old].classList.remove("picked");
-      if (at !== null) run.cells[at].classList.add("picked");
+    for (const each of runs) {
+      if (old !== null) each.cells[old].classList.remove("picked");
+      if (at !== null) each.cells[at].classList.add("picked");
     }
     inspect();
     curves();
+    if (pin) run.cells[at].scrollIntoView({block: "nearest"});
   }
 
   function inspect() {
