@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from smdlm import command
 from smdlm.build import Experiment
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
@@ -240,6 +241,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     """
     config, begin = experiment.config, time.time()
     prompt_ids(experiment)  # a mistake at the end of hours would be found now
+    if config.sampling.viewer:
+        command.check_folder("sampling.viewer", local_path("sampling.viewer", config.sampling.viewer).parent)
     state, data, before = _start(experiment, checkpointer)
     chief = jax.process_index() == 0
     if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/

@@ -143,6 +143,8 @@ def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
         ("--config=configs/nowhere.py", "configs/nowhere.py"),
         ("--workdir=/proc/nowhere/run", "/proc/nowhere/run"),
         ("--workdir=README.md/run", "README.md/run"),
+        ("--config.sampling.viewer=/proc/nowhere/run.html", "sampling.viewer: got /proc/nowhere"),
+        ("--config.sampling.viewer=run.gif", "got 'run.gif', wanted a file that ends in .html or .svg"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flag, message):
