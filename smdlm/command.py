@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,13 +18,71 @@ from smdlm.files import local_path, plain_output
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
-MODES = ["train", "eval", "sample", "study", "score", "zeroshot", "compare"]  # of smdlm.main
+MODES = {  # of smdlm.main
+    "train": "train, evaluate and sample; the same command continues an unfinished run (the default)",
+    "eval": "validation likelihood of the workdir's EMA weights",
+    "sample": "samples of the workdir's EMA weights",
+    "show": "every field of the config, and where its value is from",
+    "score": "samples measured under a named protocol (--protocol, --scorer)",
+    "zeroshot": "likelihood of other texts (--sets)",
+    "compare": "two or more workdirs beside each other: --mode=compare A B",
+    "study": "binary against soft-masked where the truth is known (docs/lab.md)",
+}
+HELP = """
+Soft-masked diffusion language models.
+
+usage: python -m smdlm.main --config=FILE [--mode=MODE] [--config.SECTION.FIELD=VALUE ...]
+
+modes
+{modes}
+
+flags
+  --config=FILE                  the experiment, e.g. configs/tiny.py; its docstring says what to expect
+  --config.SECTION.FIELD=VALUE   any field of it; --mode=show lists them, a wrong one is told before anything runs
+  --workdir=DIR                  where everything goes, runs/NAME OF CONFIG if not given
+  --overwrite                    delete the workdir's run and start anew
+  --distributed                  one of several processes, each started with this command
+  --helpfull                     all flags, also those of the libraries
+
+fields that matter most
+  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, tfds:NAME, stdlib:docstrings, lab:LAW, prepared:DIR
+  --config.data.tokenizer=SPEC        bytes, bpe:SIZE, gpt2, hf:DIR
+  --config.train.steps=N              updates
+  --config.optimizer.lr=X             peak learning rate
+  --config.softmask.p_sm=X            chance of a soft-masked step; 0 trains a binary model (MDLM)
+  --config.mesh.fsdp=N                devices over which parameters are split
+  --config.sampling.policy=NAME       mdlm, remdm_cap, max_prob, entropy, first_hitting, ..
+  --config.sampling.steps=N           forward passes of a sample (NFE)
+  --config.sampling.prompt=TEXT       text at the start of each sample
+  --config.sampling.viewer=FILE       .html or .svg that plays a sample being written
+
+examples
+  python -m smdlm.main --config=configs/tiny.py
+  python -m smdlm.main --config=configs/tiny.py --mode=sample --config.sampling.viewer=run.html
+  python -m smdlm.main --config=configs/tiny.py --config.softmask.p_sm=0.0 --workdir=runs/binary
+
+exit status
+  0    done, or stopped by a signal with everything saved: the same command continues
+  2    a mistake in the command, its data or its files: one line that says what was got and wanted
+  130  ended at once by a second Ctrl-C
+  1    a fault of the program, with a traceback
+"""
+
+
+def help_text() -> str:
+    """What `python -m smdlm.main --help` prints."""
+    return HELP.strip().format(modes="\n".join(f"  {mode:10} {what}" for mode, what in MODES.items()))
 
 
 def run(
-    main: Callable[..., None], define_flags: Callable[[], None], check_flags: Callable[[], None] = lambda: None
+    main: Callable[..., None],
+    define_flags: Callable[[], None],
+    check_flags: Callable[[], None] = lambda: None,
+    help_text: str = "",
 ) -> None:
     """The program behind a command line; does not return.
+
+    help_text is printed for --help; without it absl lists the flags.
 
     define_flags defines its absl flags, check_flags looks at them. A mistake in a flag, and what `main` raises of
     ValueError, OSError, ImportError, ArithmeticError and RuntimeError of our own, is one line and exit status 2.
@@ -31,6 +90,9 @@ def run(
     """
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
+        if help_text and {"-h", "-help", "--help"} & set(argv[1:]):
+            print(help_text)
+            sys.exit(0)
         argv = [_at_home(arg) for arg in argv]
         try:
             if not (takes_results := reads_results(argv)):
@@ -117,9 +179,28 @@ def read_config() -> Any:
     return read(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
 
 
+def config_file() -> str:
+    """Of --config."""
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
 def config_name() -> str:
     """'tiny' of --config=configs/tiny.py."""
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return Path(config_file()).stem
+
+
+def again(*changes: str) -> str:
+    """This command with other flags, to be pasted into a shell: of a flag given before only the change is left."""
+    names = {change.partition("=")[0] for change in changes} | {"--overwrite", "--mode"}
+    kept, skip = [], False
+    for arg in sys.argv[1:]:
+        name, given, _ = arg.partition("=")
+        name = f"--{name.lstrip('-')}"
+        if not skip and name not in names:
+            kept.append(arg)
+        # The value of a dropped `--flag VALUE` goes with it; --overwrite has none.
+        skip = not skip and name in names - {"--overwrite"} and not given
+    return shlex.join(["python", "-m", "smdlm.main", *kept, *changes])
 
 
 def load_config(path: str | os.PathLike) -> Any:

@@ -22,6 +22,7 @@ from smdlm.feedback.committed import Stages
 from smdlm.feedback.gates import GATES, Gate
 from smdlm.feedback.mixers import MIXERS, Mixer
 from smdlm.feedback.operators import OPERATORS
+from smdlm.io.viewer import check_path
 from smdlm.mesh.rules import MeshConfig
 from smdlm.models import MODELS, Model
 from smdlm.ops.filters import Filters
@@ -86,6 +87,8 @@ class SamplingConfig:
         reference does (its EMA leaves omega out).
       count: samples written.
       prompt: text at the start of each, '' for none.
+      viewer: a file that plays the first sample, beside the same run without feedback: .html (a page) or .svg (an
+        animation); '' for none.
     """
 
     policy: Policy
@@ -99,6 +102,7 @@ class SamplingConfig:
     omega: str = "ema"
     count: int = 8
     prompt: str = ""
+    viewer: str = ""
     seed: int = 0
 
     def __post_init__(self):
@@ -106,6 +110,8 @@ class SamplingConfig:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
         check_fields(self.steps, self.feedback_source, self.refresh)
         check_omega("sampling.omega", self.omega)
+        if self.viewer:
+            check_path("sampling.viewer", self.viewer)
         Filters(self.temperature, self.top_p, self.top_p_rule)
 
 
@@ -352,7 +358,7 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
             raise ValueError("softmask.variant: got no 'stages' for the causal (AR) model, wanted it: it has no masks")
         defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig)}
         defaults["policy"] = CHOICES["sampling"]["policy"].default
-        for field in ("policy", "use_feedback", "feedback_source", "refresh"):
+        for field in ("policy", "use_feedback", "feedback_source", "refresh", "viewer"):
             got = sampling.get(field, defaults[field])
             if got != defaults[field]:
                 raise ValueError(

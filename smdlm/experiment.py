@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from smdlm import command
 from smdlm.build import Experiment
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
@@ -27,11 +28,15 @@ from smdlm.evaluate.samples import Samples
 from smdlm.evaluate.text import words
 from smdlm.files import local_path
 from smdlm.identity import diverged
+from smdlm.io import viewer
 from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
 from smdlm.optimizer import TrainState, init_state
+from smdlm.sampling.loop import Sampler
+from smdlm.sampling.policies import POLICIES, Policy
+from smdlm.sampling.trace import Trace, record
 from smdlm.train import Training, check_saved, run
 
 
@@ -78,11 +83,16 @@ def described_weights(omega: str) -> str:
 
 def sample(experiment: Experiment, params: Any) -> Sampled:
     """sampling.count texts; the prompt, if any, stands at the start of every canvas and never changes."""
-    config, length = experiment.config.sampling, experiment.config.data.seq_len
+    config = experiment.config.sampling
+    return fill(experiment, params, _canvas(experiment, config.count), config.seed)
+
+
+def _canvas(experiment: Experiment, count: int) -> np.ndarray:
+    """[count, L] i32: the prompt, and masks."""
     prompt = prompt_ids(experiment)
-    canvas = np.full((config.count, length), experiment.denoiser.mask_id, np.int32)
+    canvas = np.full((count, experiment.config.data.seq_len), experiment.denoiser.mask_id, np.int32)
     canvas[:, : len(prompt)] = prompt
-    return fill(experiment, params, canvas, config.seed)
+    return canvas
 
 
 def prompt_ids(experiment: Experiment) -> np.ndarray:
@@ -101,11 +111,52 @@ def fill(experiment: Experiment, params: Any, canvas: np.ndarray, seed: int) -> 
     return Sampled([experiment.vocabulary.decode(row) for row in ids], ids, int(samples.forwards))
 
 
+def watch(experiment: Experiment, params: Any) -> dict[str, Trace]:
+    """Sample 1 of `sample`, step by step, by the name of the run: 'soft-masked', beside it 'binary', or that alone.
+
+    The binary run of a soft-masked model has the same weights and the same noise, and nothing is fed back in it.
+
+    Raises:
+      ValueError: one line; a causal model, which has no masks to look at.
+    """
+    sampler = experiment.sampler
+    if not isinstance(sampler, Sampler):
+        raise ValueError("watch: got a causal (AR) model, wanted a diffusion model: it has no masks")
+    key = jax.random.key(experiment.config.sampling.seed)
+    canvas = experiment.place(_canvas(experiment, 1))
+    runs = {"binary": dataclasses.replace(sampler, use_feedback=False)}
+    if sampler.use_feedback:
+        runs = {"soft-masked": sampler, **runs}
+    return {name: record(run, params, key, canvas)[0] for name, run in runs.items()}
+
+
+def show(experiment: Experiment, runs: Mapping[str, Trace]) -> viewer.Show:
+    """What a page needs to know of recorded runs."""
+    config = experiment.config.sampling
+    settings = (
+        f"{_name_of(config.policy)}, {config.steps} steps, seed {config.seed}, temperature {config.temperature:g}"
+    )
+    return viewer.Show(runs, viewer.words_of(experiment.vocabulary), settings=f"{settings}, top-p {config.top_p:g}")
+
+
+def _name_of(policy: Policy) -> str:
+    return next(name for name, cls in POLICIES.items() if cls is type(policy))
+
+
+def write_viewer(experiment: Experiment, params: Any) -> None:
+    """config.sampling.viewer, where it is asked for; all processes must call it."""
+    if experiment.config.sampling.viewer:
+        seen = show(experiment, watch(experiment, params))
+        if jax.process_index() == 0:
+            viewer.write(local_path("sampling.viewer", experiment.config.sampling.viewer), seen)
+
+
 def sample_records(experiment: Experiment, sampled: Sampled) -> list[dict[str, Any]]:
     """What is kept of each sample: text, token ids, seed (with the sample's number in its batch) and settings."""
     config = experiment.config.sampling
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     settings["policy"] = {"name": type(config.policy).__name__, **dataclasses.asdict(config.policy)}
+    del settings["viewer"]
     shared = {"seed": settings.pop("seed"), "forwards": sampled.forwards, "settings": settings}
     return [
         {"text": text, "ids": ids.tolist(), "number": i, **shared}
@@ -210,6 +261,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     """
     config, begin = experiment.config, time.time()
     prompt_ids(experiment)  # a mistake at the end of hours would be found now
+    if config.sampling.viewer:
+        command.check_folder("sampling.viewer", local_path("sampling.viewer", config.sampling.viewer).parent)
     state, data, before = _start(experiment, checkpointer)
     chief = jax.process_index() == 0
     if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
@@ -238,7 +291,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     with diverged(workdir):
         state, tokens_per_s = run(state, training, data.get("pending", []))
     check_saved(checkpointer, config.updates)
-    sampled = sample(experiment, weights(state.ema, state.params, config.sampling.omega))
+    params = weights(state.ema, state.params, config.sampling.omega)
+    sampled = sample(experiment, params)
     values = {**evaluate_state(state), **sample_values(experiment, sampled)}
     writer.values(config.updates, values)
     writer.samples(f"step_{config.updates:08d}", sample_records(experiment, sampled))
@@ -260,6 +314,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     }
     writer.summary(summary)
     writer.close()
+    write_viewer(experiment, params)  # last, for a folder that cannot be written
     return summary
 
 

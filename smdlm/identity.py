@@ -55,10 +55,10 @@ def check_same_data(workdir: Path, checkpointer: Checkpointer, content_hash: str
 def differences(saved: Mapping[str, Any], config: Config, free: set[str] = frozenset()) -> list[str]:
     """Names of the fields, with the saved and the present value, that shape training and differ."""
     try:
-        before = _flat(read(saved))
+        before = flat(read(saved))
     except ValueError as error:  # of a version whose fields had other names
         return [f"config, which this version does not read ({error})"]
-    now = _flat(config)
+    now = flat(config)
     names = [n for n in {**before, **now} if n.partition(".")[0] not in FREE_SECTIONS | free and n not in FREE_FIELDS]
     missing = object()
     return [
@@ -68,7 +68,7 @@ def differences(saved: Mapping[str, Any], config: Config, free: set[str] = froze
     ]
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
     """{'section.field': value} of all sections; an object that a field names by its class, and by its own fields."""
     found = {}
     for section in dataclasses.fields(config):

@@ -19,7 +19,10 @@ from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
 from smdlm.files import local_path
+from smdlm.io import viewer
+from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
+from smdlm.sampling.trace import Trace
 
 BLANK = "____"
 CONTEXT = 1024  # tokens that a converted decoder, whose positions have no end, is shown at once
@@ -107,6 +110,7 @@ class Trained:
         """
         changed = self._sampling(prompt=prompt, count=count, seed=seed, **sampling)
         with jax.set_mesh(self.experiment.mesh):
+            experiment.write_viewer(changed, self.params)
             return experiment.sample(changed, self.params).texts
 
     def infill(
@@ -123,6 +127,8 @@ class Trained:
             raise ValueError(f"infill: got text {text!r} and blank {blank!r}, wanted two strings")
         if "prompt" in sampling:
             raise ValueError("infill: got a prompt, wanted it in the text itself")
+        if "viewer" in sampling:
+            raise ValueError("infill: got a viewer, wanted none: watch(path, prompt) shows a run")
         pieces = text.split(blank)
         if len(pieces) == 1:
             raise ValueError(f"infill: got no {blank!r} in the text, wanted at least one")
@@ -138,6 +144,44 @@ class Trained:
         changed = self._sampling(count=count, seed=seed, **sampling)
         with jax.set_mesh(self.experiment.mesh):
             return experiment.fill(changed, self.params, np.tile(row, (count, 1)), seed).texts
+
+    def watch(
+        self,
+        path: str | Path | None = None,
+        prompt: str = "",
+        *,
+        against: Trained | None = None,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Page:
+        """A page that plays how `sample(prompt, seed=seed, ..)` is written, step by step; a notebook shows it.
+
+        Args:
+          path: of a file to write: .html, or .svg for an animated picture.
+          against: another model of the same vocabulary and canvas, played beside this one with the same noise, e.g.
+            the binary control of a soft-masked run; without it the same weights with nothing fed back.
+          sampling: fields of config.sampling, for both.
+
+        Raises:
+          ValueError: one line; an AR model, another vocabulary or canvas, an ending that is not known.
+        """
+        if path is not None:
+            viewer.check_path("watch", str(path))
+        if against and (against.tokenizer.fingerprint, against.length) != (self.tokenizer.fingerprint, self.length):
+            raise ValueError("watch: got against= with another vocabulary or canvas, wanted the same")
+        runs = self._watched(prompt=prompt, seed=seed, **sampling)
+        if against:
+            (name, mine), *_ = runs.items()
+            (other, theirs), *_ = against._watched(prompt=prompt, seed=seed, **sampling).items()
+            runs = {name: mine, other if other != name else f"{other}, against": theirs}
+        show = experiment.show(self._sampling(seed=seed, **sampling), runs)
+        if path is not None:
+            viewer.write(local_path("watch", path), show)
+        return Page(viewer.page(show))
+
+    def _watched(self, **sampling: Any) -> dict[str, Trace]:
+        with jax.set_mesh(self.experiment.mesh):
+            return experiment.watch(self._sampling(**sampling), self.params)
 
     def score(self, texts: Sequence[str], *, draws: int = 8, seed: int = 0) -> list[dict[str, Value]]:
         """How likely the model finds each text: values by name, each labelled with the likelihood it is.

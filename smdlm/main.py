@@ -1,11 +1,4 @@
-"""Command line:
-
-    python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample|study] [--config.x.y=z]
-    .. --mode=score --protocol=tiny --scorer=DIR | .. --mode=zeroshot --sets=NAME=text:FILE,.. | --mode=compare A B ..
-
-Running the same command again continues an unfinished run and prints the summary of a finished one. On several hosts
-the same command runs on each, with --distributed and a workdir that all of them see.
-"""
+"""The command line: flags and dispatch. `python -m smdlm.main --help` says what there is (command.HELP)."""
 
 from __future__ import annotations
 
@@ -17,9 +10,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from smdlm import command, experiment, identity, score, startup, study
+from smdlm import command, describe, experiment, identity, score, startup, study
 from smdlm.build import assemble, build
-from smdlm.config import Config
+from smdlm.config import Config, read
 from smdlm.data.kept import tokenizer_of_run
 from smdlm.evaluate.compare import compare
 from smdlm.files import local_path, owned
@@ -32,7 +25,7 @@ def define_flags() -> None:
     command.define_config()
     score.define_flags()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
-    flags.DEFINE_enum("mode", "train", command.MODES, "train includes the final eval and samples.")
+    flags.DEFINE_enum("mode", "train", list(command.MODES), "train includes the final eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
     command.define_processes()
 
@@ -42,6 +35,9 @@ def main(*results: str) -> None:
     if given.mode == "compare":
         return print(compare(results, given.only, given.format))
     config = command.read_config()
+    if given.mode == "show":
+        file = command.load_config(command.config_file())
+        return print(describe.settings(config, read(file), file.to_dict()))
     workdir = local_path("--workdir", f"runs/{command.config_name()}" if given.workdir is None else given.workdir)
     startup.prepare(workdir.parent / "compiled")
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
@@ -72,7 +68,7 @@ def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: 
         if summary := experiment.finished(workdir, checkpointer, config.updates):
             if chief:
                 print(f"{workdir} holds a finished run (--overwrite starts anew):")
-                print(report.summary(summary, workdir), flush=True)
+                print(describe.ending(summary, workdir, config.model.causal), flush=True)
             return
     if config.train.init_from and (overwrite or checkpointer.latest_step() is None):
         experiment.init_source(config.train.init_from)  # before the data is read
@@ -84,10 +80,12 @@ def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: 
         facts = {"tokenizer": made.vocabulary.fingerprint, "content_hash": made.data.content_hash}
         startup.meet(workdir, **facts, checkpoint=checkpointer.latest_step())
         identity.check_same_data(workdir, checkpointer, facts["content_hash"])
+        if chief:
+            print(describe.opening(made, workdir, checkpointer.latest_step()), flush=True)
         with jax.set_mesh(made.mesh):
             summary = experiment.train(made, workdir, checkpointer, {"config": snapshot, **facts})
     if chief:
-        print(report.summary(summary, workdir), flush=True)
+        print(describe.ending(summary, workdir, config.model.causal), flush=True)
 
 
 def _evaluate(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
@@ -108,13 +106,15 @@ def _sample(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
     with jax.set_mesh(made.mesh):
         params, step = experiment.restore(made, checkpointer, config.sampling.omega)
         sampled = experiment.sample(made, params)
+        experiment.write_viewer(made, params)
     if jax.process_index() == 0:
         name = unused_name(workdir / "samples", f"step_{step:08d}_sample")
         Writer(workdir, total_steps=step).samples(name, experiment.sample_records(made, sampled))
         weights = experiment.described_weights(config.sampling.omega)
-        print(f"checkpoint of step {step} in {checkpointer.directory}, {weights}: samples/{name}.txt, .jsonl")
+        files = ", ".join(filter(None, [f"samples/{name}.txt", ".jsonl", config.sampling.viewer]))
+        print(f"checkpoint of step {step} in {checkpointer.directory}, {weights}: {files}")
         print(report.samples(sampled.texts, sampled.forwards))
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags)
+    command.run(main, define_flags, help_text=command.help_text())

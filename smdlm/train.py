@@ -202,6 +202,8 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
             if log:
                 writer.scalars(step, values)
                 writer.progress(step, values)
+                if estimate := clock.estimate(training.steps - step):
+                    writer.line(estimate)
                 pending = []
             if step % config.save_every == 0 or last or stopped:
                 # The loss of a step is of the weights before its update: it does not vouch for those after it.
@@ -263,6 +265,7 @@ class _Clock:
         self._begin: float | None = None  # of the steps since the last `start`
         self._steps, self._seconds = 0, 0.0  # since then; in all
         self._all_steps = 0
+        self._estimated = False
 
     def step(self, metrics: Any) -> None:
         """A step was dispatched; `metrics` are its results."""
@@ -280,6 +283,17 @@ class _Clock:
 
     def start(self) -> None:
         self._begin, self._steps = time.perf_counter(), 0
+
+    def estimate(self, left: int) -> str:
+        """How long the updates that are left will take, said once, after the first that were timed; '' otherwise."""
+        if self._estimated or not self._all_steps or not left:
+            return ""
+        self._estimated = True
+        seconds = left * self._seconds / self._all_steps
+        unit, name = next(
+            (u, n) for u, n in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= u or u == 1
+        )
+        return f"about {seconds / unit:.1f} {name} for the {left:,} updates left (evaluation and saving not counted)"
 
     @property
     def tokens_per_s(self) -> float:

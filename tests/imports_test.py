@@ -30,7 +30,7 @@ FLOORS = [
     ["smdlm.config"],
     ["smdlm.convert", "smdlm.identity"],
     ["smdlm.build"],
-    ["smdlm.experiment"],
+    ["smdlm.describe", "smdlm.experiment"],
     ["smdlm.library"],
     ["smdlm"],
     ["smdlm.score", "smdlm.study"],

@@ -98,6 +98,38 @@ def test_infill_fills_the_blanks_alone(model):
             model.infill(text, tokens=tokens)
 
 
+def test_a_watched_run_is_the_sampled_one(model, tmp_path):
+    page = model.watch(tmp_path / "out.html", "Doc", seed=1, steps=4)
+    assert (tmp_path / "out.html").read_text("utf-8") == page.html
+    assert "remdm_cap, 4 steps, seed 1, temperature 1" in page.html
+    made = model._sampling(prompt="Doc", seed=1, steps=4)
+    with jax.set_mesh(made.mesh):
+        runs, sampled = experiment.watch(made, model.params), experiment.sample(made, model.params)
+    np.testing.assert_array_equal(runs["soft-masked"].tokens[-1], sampled.ids[0])
+    assert list(runs) == ["soft-masked", "binary"] and not runs["binary"].lam.any()
+    model.sample("Doc", seed=1, steps=4, viewer=str(tmp_path / "again.html"))  # the config's way
+    assert (tmp_path / "again.html").read_text("utf-8") == page.html
+    both = model.watch(tmp_path / "out.svg", "Doc", against=model, seed=1, steps=4).html
+    assert '"name":"soft-masked, against"' in both and (tmp_path / "out.svg").read_text("utf-8").startswith("<svg")
+    assert '"name":"soft-masked"' not in model.watch(None, "Doc", seed=1, steps=4, use_feedback=False).html
+
+
+def test_what_cannot_be_watched_is_one_line(model, causal):
+    config = model.experiment.config
+    data = dataclasses.replace(config.data, seq_len=64)
+    longer = dataclasses.replace(model.experiment, config=dataclasses.replace(config, data=data))
+    for call, message in (
+        (lambda: model.watch("out.gif"), "watch: got 'out.gif', wanted a file that ends in .html or .svg"),
+        (lambda: model.watch(against=dataclasses.replace(model, experiment=longer)), "another vocabulary or canvas"),
+        (lambda: causal.watch(), "watch: got a causal .AR. model, wanted a diffusion model"),
+        (lambda: causal.sample(viewer="x.html"), "sampling.viewer: got 'x.html' for the causal .AR. model, wanted ''"),
+        (lambda: model.sample(viewer="x.png"), "sampling.viewer: got 'x.png', wanted a file that ends in"),
+        (lambda: model.infill("a ____", viewer="x.html"), "infill: got a viewer, wanted none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_wrong_kinds_of_arguments_are_one_line(model):
     for call, message in (
         (lambda: model.score("abc"), "score: got 'abc', wanted a list of strings"),

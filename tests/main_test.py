@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from smdlm import command as command_lib
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -55,8 +58,22 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert KEYS <= set(summary) and summary["steps"] == 40
     assert all(isinstance(summary[key], float | int) for key in KEYS)
     assert "two passes (feedback)" in stdout and "--- sample 1" in stdout
+    model, data, devices, work, folder, *rest = stdout.splitlines()
+    parameters = f"{summary['parameters']:,} parameters, soft-masked (p_sm 0.8, k 3)"
+    assert model == f"model    {parameters}" and data.startswith("data     ") and "blocks of 16 tokens" in data
+    assert devices == "devices  1 x cpu (data 1, fsdp 1, tensor 1)" and folder == f"workdir  {workdir}, a new run"
+    assert work.startswith("work     40 updates of 128 tokens, ") and work.endswith("FLOPs in all")
+    assert sum("updates left" in line for line in rest) == 1  # how long, said once
+    steps = rest[rest.index("next") + 1 :]
+    assert len(steps) == 3 and all(str(workdir) in line for line in steps) and "--mode=eval" in steps[1]
+    for line in steps[:2]:  # they can be pasted
+        assert shlex.split(line)[:5] == ["python", *command(workdir)[1:4], f"--config.data.source={source(workdir)}"]
     for name in ("loss.png", "omega.png", "samples/step_00000040.txt", "checkpoints/40/manifest.json"):
         assert (workdir / name).stat().st_size > 0
+
+
+def source(workdir):
+    return f"text:{workdir.parent}/corpus/*.txt"
 
 
 def test_the_same_command_again_prints_the_summary(finished):
@@ -71,8 +88,28 @@ def test_eval_and_sample(finished):
     workdir, stdout = finished
     row = next(line for line in stdout.splitlines() if line.startswith("two passes"))
     assert row in call(workdir, "--mode=eval").stdout, "another number for the same weights and masks"
-    sampled = call(workdir, "--mode=sample", "--config.sampling.prompt=Doc").stdout
+    page = workdir.parent / "out.html"
+    flags = ("--config.sampling.prompt=Doc", f"--config.sampling.viewer={page}")
+    sampled = call(workdir, "--mode=sample", *flags).stdout
+    assert "4 steps, seed 0" in page.read_text("utf-8") and str(page) in sampled
     assert sampled.split("--- sample 1")[1].split("\n")[1].startswith("Doc")
+
+
+def test_help_is_a_page_and_show_names_what_differs(tmp_path):
+    done = call(tmp_path / "run", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Soft-masked diffusion") and not done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) < 60 and max(map(len, lines)) <= 120
+    for mode in command_lib.MODES:
+        assert sum(line.startswith(f"  {mode} ") for line in lines) == 1, mode
+    done = call(tmp_path / "run", "--mode=show", "--config.sampling.policy=entropy")
+    assert done.returncode == 0 and not (tmp_path / "run").exists()
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert ["*", "width", "16", "<- command line; the file has 128"] in rows
+    assert ["*", "policy", "'entropy'", "<- command line; the file has 'remdm_cap'"] in rows
+    assert ["*", "source", f"'{source(tmp_path / 'run')}'", "<- command line; the file has 'stdlib:docstrings'"] in rows
+    assert ["name", "'dit'", "(default)"] in rows and ["scale", "0.12"] in rows
+    assert done.stdout.startswith(f"{sum(row[:1] == ['*'] for row in rows)} fields other than in the file")
 
 
 @pytest.mark.slow
@@ -106,6 +143,8 @@ def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
         ("--config=configs/nowhere.py", "configs/nowhere.py"),
         ("--workdir=/proc/nowhere/run", "/proc/nowhere/run"),
         ("--workdir=README.md/run", "README.md/run"),
+        ("--config.sampling.viewer=/proc/nowhere/run.html", "sampling.viewer: got /proc/nowhere"),
+        ("--config.sampling.viewer=run.gif", "got 'run.gif', wanted a file that ends in .html or .svg"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flag, message):

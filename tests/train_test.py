@@ -184,7 +184,7 @@ def test_the_memory_test_can_fail():
 
 class FakeWriter:
     def __init__(self):
-        self.lines, self.closed = [], False
+        self.lines, self.said, self.closed = [], [], False
 
     def scalars(self, step, values):
         self.lines.append((step, dict(values)))
@@ -194,6 +194,9 @@ class FakeWriter:
 
     def progress(self, step, values):
         pass
+
+    def line(self, text):
+        self.said.append(text)
 
     def close(self):
         self.closed = True

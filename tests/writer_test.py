@@ -182,6 +182,20 @@ def test_progress_rewrites_one_line_on_a_terminal(tmp_path, monkeypatch):
     )  # cut to the width, one newline at the end
 
 
+def test_a_line_stands_below_the_bar(tmp_path, monkeypatch):
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    writer = Writer(tmp_path, total_steps=1000)
+    writer.line("before")
+    writer.progress(500, {})
+    writer.line("behind")
+    writer.close()
+    before, bar = terminal.getvalue().split("\r")
+    assert before == "before\n" and bar.endswith("\x1b[K\nbehind\n")
+    Writer(tmp_path, total_steps=1, enabled=False).line("of another process")
+    assert "another" not in terminal.getvalue()
+
+
 def test_closed_pipe_silences_progress(tmp_path, monkeypatch, warnings):
     class Pipe(io.StringIO):
         def write(self, text):

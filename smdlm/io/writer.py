@@ -81,6 +81,14 @@ class Writer:
             else:
                 print(text, flush=True)
 
+    def line(self, text: str) -> None:
+        """A line on stdout, below a progress bar."""
+        if not self.enabled or "progress" in self._warned:
+            return
+        with self._guard("progress"):
+            print(f"\n{text}" if self._bar_open else text, flush=True)
+            self._bar_open = False
+
     def values(self, step: int, values: Mapping[str, Value]) -> None:
         """Logs the means of an evaluation as val/NAME."""
         self.scalars(step, {f"val/{name}": value.mean for name, value in values.items()})
