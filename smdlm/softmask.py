@@ -41,6 +41,8 @@ class Feedback(flax.struct.PyTreeNode):
       active: [B, L] bool. False means "nothing remembered": the position is embedded as it stands. A flag rather
         than an entropy of -inf, because 0 * inf in the gate's gradient is NaN.
       hidden: [B, L, D], only for the full-distribution operator (`FullSoftMask`), which recomputes p from it.
+      forwards: [B] i32, forward passes of the row so far. time: [B] f32, the share of the masks that are left when it
+        is read. Both are None where only a readout has spoken.
     """
 
     ids: jax.Array
@@ -48,6 +50,8 @@ class Feedback(flax.struct.PyTreeNode):
     neg_entropy: jax.Array
     active: jax.Array
     hidden: jax.Array | None = None
+    forwards: jax.Array | None = None
+    time: jax.Array | None = None
 
     @classmethod
     def none(cls, batch: int, length: int, k: int) -> Feedback:
