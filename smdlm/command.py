@@ -17,7 +17,7 @@ from smdlm.files import local_path, plain_output
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
-MODES = ["train", "eval", "sample", "study", "score", "zeroshot", "compare"]  # of smdlm.main
+MODES = ["train", "eval", "sample", "generate", "study", "score", "zeroshot", "compare"]  # of smdlm.main
 
 
 def run(

@@ -24,6 +24,7 @@ from smdlm.models import MODELS, Model
 from smdlm.ops.filters import Filters
 from smdlm.optimizer import OptimizerConfig
 from smdlm.readout import Readout
+from smdlm.sampling.generate import GenerateConfig
 from smdlm.sampling.loop import check_fields
 from smdlm.sampling.policies import POLICIES, Policy
 from smdlm.softmask import GATES, MIXERS, Gate, Mixer, SoftMask
@@ -75,6 +76,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 0.9
     top_p_rule: str = "standard"
+    top_k: int = 0
     use_feedback: bool = True
     feedback_source: str = "subs"
     refresh: str = "always"
@@ -88,7 +90,11 @@ class SamplingConfig:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
         check_fields(self.steps, self.feedback_source, self.refresh)
         check_omega("sampling.omega", self.omega)
-        Filters(self.temperature, self.top_p, self.top_p_rule)
+        _ = self.filters
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.temperature, self.top_p, self.top_p_rule, self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "sampling": SamplingConfig,
+    "generate": GenerateConfig,
     "eval": EvalConfig,
     "mesh": MeshConfig,
 }
@@ -178,6 +185,7 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
     sampling: SamplingConfig
+    generate: GenerateConfig
     eval: EvalConfig
     mesh: MeshConfig
 

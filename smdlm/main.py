@@ -1,7 +1,8 @@
 """Command line:
 
     python -m smdlm.main --config=configs/tiny.py [--workdir=DIR] [--mode=train|eval|sample|study] [--config.x.y=z]
-    .. --mode=score --protocol=tiny --scorer=DIR | .. --mode=zeroshot --sets=NAME=text:FILE,.. | --mode=compare A B ..
+    .. --mode=score --protocol=tiny --scorer=DIR | .. --mode=zeroshot --sets=NAME=text:FILE,..
+    .. --mode=generate --prompts=FILE.jsonl [--verify_cache] | .. --mode=compare A B ..
 
 Running the same command again continues an unfinished run and prints the summary of a finished one. On several hosts
 the same command runs on each, with --distributed and a workdir that all of them see.
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from smdlm import command, experiment, identity, score, startup, study
+from smdlm import command, experiment, generation, identity, score, startup, study
 from smdlm.build import assemble, build
 from smdlm.config import Config
 from smdlm.data.kept import tokenizer_of_run
@@ -31,6 +32,7 @@ from smdlm.io.writer import Writer, unused_name
 def define_flags() -> None:
     command.define_config()
     score.define_flags()
+    generation.define_flags()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
     flags.DEFINE_enum("mode", "train", command.MODES, "train includes the final eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
@@ -55,13 +57,12 @@ def main(*results: str) -> None:
     if given.mode == "train":
         _train(config, workdir, checkpointer, snapshot, given.overwrite)
     elif checkpointer.latest_step() is None:
-        raise FileNotFoundError(
-            f"{given.mode}: got no checkpoint in {checkpointer.directory}, wanted a trained run: --mode=train first"
-        )
+        where = checkpointer.directory
+        raise FileNotFoundError(f"{given.mode}: got no checkpoint in {where}, wanted a trained run: --mode=train first")
     elif given.mode in ("score", "zeroshot"):
         score.run(score.Run(workdir, config, snapshot, checkpointer), given)
     else:
-        {"eval": _evaluate, "sample": _sample}[given.mode](config, workdir, checkpointer)
+        {"eval": _evaluate, "sample": _sample, "generate": generation.run}[given.mode](config, workdir, checkpointer)
     checkpointer.close()
 
 

@@ -32,7 +32,7 @@ FLOORS = [
     ["smdlm.experiment"],
     ["smdlm.library"],
     ["smdlm"],
-    ["smdlm.score", "smdlm.study"],
+    ["smdlm.generation", "smdlm.score", "smdlm.study"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.

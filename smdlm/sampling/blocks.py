@@ -33,7 +33,7 @@ from smdlm.models.base import KVCache
 from smdlm.ops.filters import Filters
 from smdlm.readout import Draw, Readout
 from smdlm.sampling.loop import uniforms
-from smdlm.sampling.policies import Entropy, Margin, MaxProbability, Policy, Times
+from smdlm.sampling.policies import Policy, Times
 from smdlm.softmask import Feedback
 
 CACHES = ("none", "prefix", "dual")
@@ -98,7 +98,7 @@ def nobody(canvas: np.ndarray) -> np.ndarray:
 
 
 def block_times(steps: int, end: float) -> Times:
-    """t from 1 in equal steps towards `end`, the last of them to 0: [T]."""
+    """t from 1 in equal steps towards `end`, the last of them to 0, f32 [T]."""
     grid = np.linspace(1.0, end, steps + 1).astype(np.float32)
     return Times(t=grid[:-1], s=np.append(grid[1:-1], np.float32(0)))
 
@@ -110,8 +110,6 @@ class BlockDecoder:
     Attributes:
       policy: what is committed and re-masked in a block; a row is done with a block when no mask is left there.
       filters: of the draw; the feedback is always the unfiltered distribution.
-      steps: most forwards, over all blocks; the last one of a block commits whatever is masked there. Policies that
-        commit by confidence need fewer.
       block: positions; 0 for one block over everything.
       cache: of CACHES.
       ahead: blocks behind the current one whose masks remember their predictions as well. A pass reads out no more.
@@ -125,7 +123,6 @@ class BlockDecoder:
     readout: Readout
     policy: Policy
     filters: Filters = Filters()
-    steps: int = 128
     block: int = 0
     cache: str = "none"
     ahead: int = 1
@@ -133,7 +130,7 @@ class BlockDecoder:
     parity: bool = False
 
     def __post_init__(self):
-        check_fields(self.steps, self.block, self.cache, self.ahead)
+        check_fields(self.block, self.cache, self.ahead)
         if self.denoiser.model.causal:
             raise ValueError(
                 "generate: got a causal (AR) model, wanted a diffusion model: it writes left to right only"
@@ -141,19 +138,14 @@ class BlockDecoder:
         if self.use_feedback and self.denoiser.softmask is None:
             raise ValueError("sampling.use_feedback: got True for a model without soft-masking, wanted False")
 
-    def __call__(self, params: Any, keys: jax.Array, canvas: Any, seen: Any, first: int = 0) -> np.ndarray:
-        """The filled canvas [B, L] i32 on the host; arguments as in `forwards`."""
-        for forward in self.forwards(params, keys, canvas, seen, first):
-            canvas = forward.after.canvas
-        return fetch(canvas)
-
     def forwards(
         self,
         params: Any,
         keys: jax.Array,
         canvas: jax.Array,
         seen: jax.Array,
-        first: int = 0,
+        first: int,
+        steps: int,
         stopped: Callable[[np.ndarray], np.ndarray] = nobody,
     ) -> Iterator[Forward]:
         """Runs, and yields every forward pass.
@@ -163,13 +155,15 @@ class BlockDecoder:
           canvas: [B, L] i32; masks are filled, all else never changes.
           seen: [B, L] bool, False at padding.
           first: where the first block begins; no mask may lie before it.
+          steps: most passes, over all blocks; the last one of a block commits whatever is masked there. Policies that
+            commit by confidence need fewer.
           stopped: canvas [B, L] after a pass -> [B] bool, rows that need nothing more (they have ended).
 
         Raises:
           ValueError: the blocks do not divide the canvas, or the steps the blocks.
         """
         length = canvas.shape[1]
-        block, steps = self.plan(length, first)
+        block, steps = self.plan(length, first, steps)
         times = block_times(steps, 1e-3 if self.parity else 0.0)
         rows, state = self.start(canvas, seen, keys)
         host = fetch(state.canvas)
@@ -180,7 +174,7 @@ class BlockDecoder:
                 waiting = masked.any(1) & ~stopped(host)
                 if not waiting.any():
                     break
-                start, size = self.part(index, begin, block, length)
+                start, size = self.span(index, begin, block, length)
                 now = Now(
                     query=np.int32(start),
                     block=np.int32(begin),
@@ -194,7 +188,7 @@ class BlockDecoder:
                 yield Forward(start, size, begin, waiting, state, after, now, hidden)
                 state, host = after, fetch(after.canvas)
 
-    def plan(self, length: int, first: int) -> tuple[int, int]:
+    def plan(self, length: int, first: int, steps: int) -> tuple[int, int]:
         """(positions of a block, most steps in each). ValueError, one line, if they do not divide."""
         block = self.block or length - first
         if block < 1 or (length - first) % block:
@@ -202,11 +196,11 @@ class BlockDecoder:
                 f"generate.block: got {self.block} for {length - first} positions to fill, wanted a divisor, or 0"
             )
         blocks = (length - first) // block
-        if self.steps % blocks:
-            raise ValueError(f"sampling.steps: got {self.steps} for {blocks} blocks, wanted a multiple of {blocks}")
-        return block, self.steps // blocks
+        if steps < 1 or steps % blocks:
+            raise ValueError(f"sampling.steps: got {steps} for {blocks} blocks, wanted a multiple of {blocks}")
+        return block, steps // blocks
 
-    def part(self, index: int, begin: int, block: int, length: int) -> tuple[int, int]:
+    def span(self, index: int, begin: int, block: int, length: int) -> tuple[int, int]:
         """(start, size) of what a pass computes."""
         if self.cache == "none" or index == 0:
             return 0, length
@@ -252,7 +246,7 @@ class BlockDecoder:
         """One pass over `size` positions: (state, hidden [B, Q, D]). full: it fills the cache. u: of `noise`."""
         mask_id, head = self.denoiser.mask_id, self.denoiser.head(params)
         hidden, cache = self.denoise(size, params, rows, state, now.query)
-        tokens = _part(state.canvas, now.query, size)
+        tokens = window(state.canvas, now.query, size)
         offset = now.block - now.query
         # 1. Who is read out: masks of the block, and those that will remember.
         behind = jnp.arange(size) - offset
@@ -262,14 +256,14 @@ class BlockDecoder:
         u_token = jax.lax.dynamic_update_slice(jnp.zeros(tokens.shape), u[0], (0, offset))
         draw = readout.draw(head, hidden, read, u_token, self.filters)
         # 2. Commit and re-mask, in the block alone.
-        here = _part(tokens, offset, block)
+        here = window(tokens, offset, block)
         masked = here == mask_id
-        seen_by_policy = self.measured(head, _part(hidden, offset, block), masked, _part(draw, offset, block))
+        seen_by_policy = self.measured(head, window(hidden, offset, block), masked, window(draw, offset, block))
         commit, remask, policy = self.policy(u[1], here, masked, seen_by_policy, now.times, state.policy)
         if full and self.parity and self.cache != "none":
             commit, remask = jnp.broadcast_to(jnp.arange(block) == 0, masked.shape), jnp.zeros_like(masked)
         commit = (commit | now.last) & masked & now.waiting[:, None]
-        remask = remask & ~now.last & ~masked & ~_part(rows.given, now.block, block) & now.waiting[:, None]
+        remask = remask & ~now.last & ~masked & ~window(rows.given, now.block, block) & now.waiting[:, None]
         filled = jnp.where(commit, seen_by_policy.ids, jnp.where(remask, mask_id, here))
         canvas = jax.lax.dynamic_update_slice_in_dim(state.canvas, filled, now.block, axis=1)
         # 3. What was read out and is still masked remembers.
@@ -283,8 +277,8 @@ class BlockDecoder:
         self, size: int, params: Any, rows: Rows, state: State, query: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
         """(hidden [B, Q, D] of `size` positions from `query` on, the cache with their keys and values)."""
-        tokens, positions = (_part(x, query, size) for x in (state.canvas, rows.positions))
-        feedback = None if state.feedback is None else _part(state.feedback, query, size)
+        tokens, positions = (window(x, query, size) for x in (state.canvas, rows.positions))
+        feedback = None if state.feedback is None else window(state.feedback, query, size)
         options = {"positions": positions, "mask": rows.seen[:, None]}
         if state.cache is None:
             return self.denoiser(params, tokens, feedback, **options), None
@@ -304,7 +298,7 @@ class BlockDecoder:
         size = read.shape[1]
 
         def write(kept: jax.Array, new: jax.Array) -> jax.Array:
-            here = _part(kept, now.query, size)
+            here = window(kept, now.query, size)
             where = read.reshape(*read.shape, *(1,) * (new.ndim - 2))
             return jax.lax.dynamic_update_slice_in_dim(kept, jnp.where(where, new, here), now.query, axis=1)
 
@@ -318,18 +312,21 @@ class BlockDecoder:
             time=jnp.where(now.waiting, left.astype(jnp.float32), old.time),
         )
 
-    def flops(self, forwards: list[Forward]) -> float:
-        """FLOPs of the matrix products of a run, of all rows: the mathematics, whatever the compiler makes of them."""
-        batch, length = forwards[-1].after.canvas.shape
-        positions = batch * sum(forward.size for forward in forwards)
+    def flops(self, shape: tuple[int, int], sizes: list[int], read: int) -> float:
+        """FLOPs of the matrix products of a run: the mathematics, whatever the compiler makes of them.
+
+        shape: (B, L). sizes: of its passes. read: `State.read` at its end.
+        """
+        batch, length = shape
+        positions = batch * sum(sizes)
         width, vocab = self.denoiser.model.width, self.denoiser.vocab_size
-        head = 2.0 * width * vocab * int(forwards[-1].after.read)
+        head = 2.0 * width * vocab * read
         # A position that remembers averages the rows of its candidates; counted as if all did.
         mixed = 2.0 * width * (self.readout.k + 2) * positions if self.use_feedback else 0.0
         return positions * self.denoiser.model.flops(length) + head + mixed
 
 
-def _part(tree: Any, start: jax.Array, size: int) -> Any:
+def window(tree: Any, start: jax.Array, size: int) -> Any:
     """`size` positions from `start` on of all arrays [B, L, ..]; what has no positions stays whole."""
 
     def leaf(x: jax.Array) -> jax.Array:
@@ -338,45 +335,11 @@ def _part(tree: Any, start: jax.Array, size: int) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def check_fields(steps: int, block: int, cache: str, ahead: int) -> None:
+def check_fields(block: int, cache: str, ahead: int) -> None:
     """ValueError for a field out of range; also asked before there is a model."""
-    if steps < 1:
-        raise ValueError(f"sampling.steps: got {steps}, wanted at least 1")
     if block < 0:
         raise ValueError(f"generate.block: got {block}, wanted at least 1, or 0 for one block")
     if cache not in CACHES:
         raise ValueError(f"generate.cache: got {cache!r}, wanted one of {', '.join(map(repr, CACHES))}")
     if ahead < 0:
         raise ValueError(f"generate.ahead: got {ahead}, wanted at least 0 (blocks behind the current one)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """The public code's number of positions per step, in the order of a policy: the floor of masks * (1 - s / t).
-
-    Because its times end at 1e-3, as many steps as masks unmask none in the first step and two in the last. `policies`
-    follow the schedule exactly.
-
-    Attributes:
-      order: whose confidence decides. sampled: that of `MaxProbability` is of the drawn token, not of the best one.
-    """
-
-    order: MaxProbability | Margin | Entropy
-    sampled: bool = False
-
-    def init(self, masked: jax.Array) -> Any:
-        return ()
-
-    def __call__(
-        self, u: jax.Array, canvas: jax.Array, masked: jax.Array, draw: Draw, times: Times, carry: Any
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        if self.sampled and isinstance(self.order, MaxProbability):
-            probs = draw.feedback.probs.at[..., 0].set(jnp.exp(draw.log_prob))
-            draw = draw.replace(feedback=draw.feedback.replace(probs=probs))
-        count = self.count(masked.sum(1), times)
-        best = jnp.argsort(jnp.where(masked, self.order.score(u, draw), -jnp.inf), axis=1, descending=True)
-        return jnp.argsort(best, axis=1) < count[:, None], jnp.zeros_like(masked), carry
-
-    def count(self, left: jax.Array, times: Times) -> jax.Array:
-        """How many of `left` masks [B] are unmasked from t to s."""
-        return (left.astype(jnp.float32) * (1 - times.s / times.t)).astype(jnp.int32)

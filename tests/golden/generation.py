@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from golden.dream import DREAM, load_dream
 from smdlm.denoiser import Denoiser
@@ -17,8 +17,9 @@ from smdlm.full_softmask import FullSoftMask
 from smdlm.models.base import Head
 from smdlm.ops.filters import Filters
 from smdlm.readout import Draw, Readout
-from smdlm.sampling.blocks import BlockDecoder, Forward, Transfer
+from smdlm.sampling.blocks import BlockDecoder, Forward
 from smdlm.sampling.policies import Ancestral, Entropy, Margin, MaxProbability, Policy
+from smdlm.sampling.transfer import Transfer
 from smdlm.softmask import EntropyGate, SoftMask
 
 ORDERS = {"maskgit_plus": MaxProbability, "topk_margin": Margin, "entropy": Entropy}
@@ -86,16 +87,28 @@ def decoder(policy: Policy, sm: dict[str, Any] | None = None, **options: Any) ->
 def policy_of(run: dict[str, Any]) -> Policy:
     if run["alg"] == "origin":
         return Ancestral()
-    order = ORDERS[run["alg"]](order_temperature=run.get("alg_temp") or 0.0)
-    return Transfer(order, sampled=bool(run.get("temperature")))
+    if run.get("alg_temp") or not run.get("temperature"):
+        return Transfer(ORDERS[run["alg"]](run.get("alg_temp") or 0.0), sampled=bool(run.get("temperature")))
+    return Transfer(as_stored(ORDERS[run["alg"]])(), sampled=True)
 
 
-def played(decode: BlockDecoder, params: Any, x: np.ndarray, seen: np.ndarray, first: int, noise: Any = None):
+@functools.cache
+def as_stored(order: type) -> type:
+    """The order with ties broken by u: at a low temperature many tokens are certain, and torch.topk takes any."""
+
+    class AsStored(order):
+        def score(self, u: jax.Array, draw: Draw) -> jax.Array:
+            return super().score(u, draw) + 1e-6 * u
+
+    return AsStored
+
+
+def played(decode: BlockDecoder, params: Any, x: Any, seen: Any, first: int, steps: int, noise: Any = None):
     """All forward passes of a run. noise: [steps, 2, B, block] uniforms in place of random ones."""
     keys = jax.random.split(jax.random.key(0), len(x))
 
     def forwards() -> list[Forward]:
-        return list(decode.forwards(params, keys, jnp.asarray(x), jnp.asarray(seen), first))
+        return list(decode.forwards(params, keys, jnp.asarray(x), jnp.asarray(seen), first, steps))
 
     if noise is None:
         return forwards()

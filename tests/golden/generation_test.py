@@ -20,7 +20,7 @@ TOKENS = Group("generated tokens", 0)
 LOGITS = Group("generation logits", 1e-4)
 SOFT_LOGITS = Group("soft-masked generation logits", 5e-3)
 DRAWS = Group("draws", 0)
-CONFIDENCES = Group("confidences of draws", 1e-5)
+CONFIDENCES = Group("confidences of draws", 3e-6, relative=True)
 
 
 def names(file, chosen=lambda run: True):
@@ -36,6 +36,8 @@ def recorded(stored, name, run, shape):
     if f"{name}__uniform" in stored:
         uniform = np.nan_to_num(stored[f"{name}__uniform"], nan=0.5)
         token, move = (token, uniform) if run["alg"] == "origin" else (uniform, move)
+        history = np.concatenate([stored[f"{name}__x_init"][None], stored[f"{name}__history"]])
+        move = move if run["alg"] == "origin" else (history[1:] != history[:-1]).astype(np.float32)
     if f"{name}__expo" in stored:  # an exponential of ours is -log(1 - u)
         move = -np.expm1(-np.nan_to_num(stored[f"{name}__expo"], nan=1.0))
     return np.stack([token, move], axis=1).astype(np.float32)
@@ -52,9 +54,9 @@ def test_history(name):
         assert np.array_equal(start[:, :first], stored["pad_prompt"])
     temperature = run.get("temperature") or 0.0
     filters = Filters(temperature, run.get("top_p") or 1.0, top_k=run.get("top_k") or 0)
-    made, params = decoder(policy_of(run), run["sm"], steps=run["steps"], filters=filters)
+    made, params = decoder(policy_of(run), run["sm"], filters=filters)
     noise = recorded(stored, name, run, (run["steps"], *start.shape))[..., first:]
-    forwards = played(made, params, start, seen, first, noise)
+    forwards = played(made, params, start, seen, first, run["steps"], noise)
     # The public code runs every step; ours stops when no mask is left.
     canvases = [np.asarray(forward.after.canvas) for forward in forwards]
     canvases += [canvases[-1]] * (run["steps"] - len(canvases))
@@ -96,14 +98,13 @@ def is_bug(run):
     return run["cached"] and not run["error"] and run["remaining_masks"] > 0
 
 
-def block_decoder(run, masks):
-    threshold = run["alg"] == "confidence_threshold"
+def block_decoder(run):
     if not run["cached"]:
-        return decoder(Budget(run["threshold"], run["steps"]), steps=masks)
+        return decoder(Budget(run["threshold"], run["steps"]))
     cache = "dual" if run["dual_cache"] else "prefix"
-    # Its steps are ignored with a threshold; without one it goes by the entropy, whatever it is asked for.
-    policy, steps = (Threshold(run["threshold"]), masks) if threshold else (Transfer(Entropy()), run["steps"])
-    return decoder(policy, steps=steps, block=run["block_length"], cache=cache)
+    # Without a threshold it goes by the entropy, whatever it is asked for.
+    policy = Threshold(run["threshold"]) if run["alg"] == "confidence_threshold" else Transfer(Entropy())
+    return decoder(policy, block=run["block_length"], cache=cache)
 
 
 @functools.cache
@@ -112,8 +113,10 @@ def run_blocks(name):
     start = stored[f"{name}__x_before"][0]
     first = stored["prompt"].shape[1]
     assert np.array_equal(start[:, :first], stored["prompt" if run["batch"] == 1 else f"prompt_batch{run['batch']}"])
-    made, params = block_decoder(run, start.shape[1] - first)
-    return made, params, played(made, params, start, np.ones(start.shape, bool), first)
+    made, params = block_decoder(run)
+    # With a threshold its steps mean nothing.
+    steps = start.shape[1] - first if run["alg"] == "confidence_threshold" else run["steps"]
+    return made, params, played(made, params, start, np.ones(start.shape, bool), first, steps)
 
 
 @pytest.mark.parametrize("name", names("fastdllm.json", lambda run: not run["error"] and not is_bug(run)))
