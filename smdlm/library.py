@@ -21,7 +21,7 @@ from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
 from smdlm.files import local_path
 from smdlm.mesh.rules import MeshConfig
-from smdlm.sampling.generate import Generated, GenerateConfig, parse
+from smdlm.sampling.generate import GenerateConfig, Generated, parse
 
 BLANK = "____"
 
@@ -128,8 +128,8 @@ class Trained:
           prompts: texts to be continued (or filled, where they hold '[MASK]'), or objects as the lines of a file of
             prompts are (`smdlm.sampling.generate.parse`): with a suffix, a chat, texts that end the answer, ..
           seed: of the first; each has the next one. The same seed gives the same answer, whoever shares its batch.
-          fields: of config.sampling and config.generate (steps, temperature, new_tokens, block, cache, ...); what is not
-            given is as the run was configured.
+          fields: of config.sampling and config.generate (steps, temperature, new_tokens, block, cache, ...); what is
+            not given is as the run was configured.
 
         Raises:
           ValueError: one line; a prompt that is empty or does not fit, an AR model.

@@ -57,8 +57,9 @@ def main(*results: str) -> None:
     if given.mode == "train":
         _train(config, workdir, checkpointer, snapshot, given.overwrite)
     elif checkpointer.latest_step() is None:
-        where = checkpointer.directory
-        raise FileNotFoundError(f"{given.mode}: got no checkpoint in {where}, wanted a trained run: --mode=train first")
+        raise FileNotFoundError(
+            f"{given.mode}: got no checkpoint in {workdir}, wanted a trained run: --mode=train first"
+        )
     elif given.mode in ("score", "zeroshot"):
         score.run(score.Run(workdir, config, snapshot, checkpointer), given)
     else:
