@@ -57,9 +57,7 @@ def main(*results: str) -> None:
     if given.mode == "train":
         _train(config, workdir, checkpointer, snapshot, given.overwrite)
     elif checkpointer.latest_step() is None:
-        raise FileNotFoundError(
-            f"{given.mode}: got no checkpoint in {workdir}, wanted a trained run: --mode=train first"
-        )
+        raise FileNotFoundError(f"{given.mode}: got no checkpoint in {workdir}, wanted one of --mode=train first")
     elif given.mode in ("score", "zeroshot"):
         score.run(score.Run(workdir, config, snapshot, checkpointer), given)
     else:
