@@ -93,7 +93,9 @@ def test_filters_apply_temperature_first():
     assert np.all(np.asarray(Filters(top_p=1.0).probs(logits)) > 0)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_p_rule": "hf"}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_p_rule": "hf"}, {"top_k": -1}]
+)
 def test_filters_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
         Filters(**wrong)

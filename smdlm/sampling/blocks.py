@@ -166,6 +166,7 @@ class BlockDecoder:
         block, steps = self.plan(length, first, steps)
         times = block_times(steps, 1e-3 if self.parity else 0.0)
         rows, state = self.start(canvas, seen, keys)
+        opening = self.parity and self.cache != "none"
         host = fetch(state.canvas)
         for begin in range(first, length, block):
             state = self.enter(block, state, begin)
@@ -184,7 +185,7 @@ class BlockDecoder:
                     waiting=waiting,
                 )
                 u = self.noise(rows.keys, now.block, now.index, block)
-                after, hidden = self.step(size, block, index == 0, params, rows, state, now, u)
+                after, hidden = self.step(size, block, opening and index == 0, params, rows, state, now, u)
                 yield Forward(start, size, begin, waiting, state, after, now, hidden)
                 state, host = after, fetch(after.canvas)
 
@@ -241,9 +242,12 @@ class BlockDecoder:
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
     def step(
-        self, size: int, block: int, full: bool, params: Any, rows: Rows, state: State, now: Now, u: jax.Array
+        self, size: int, block: int, opening: bool, params: Any, rows: Rows, state: State, now: Now, u: jax.Array
     ) -> tuple[State, jax.Array]:
-        """One pass over `size` positions: (state, hidden [B, Q, D]). full: it fills the cache. u: of `noise`."""
+        """One pass over `size` positions: (state, hidden [B, Q, D]).
+
+        opening: it commits the first position of the block alone. u: [2, B, block] of `noise`.
+        """
         mask_id, head = self.denoiser.mask_id, self.denoiser.head(params)
         hidden, cache = self.denoise(size, params, rows, state, now.query)
         tokens = window(state.canvas, now.query, size)
@@ -260,7 +264,7 @@ class BlockDecoder:
         masked = here == mask_id
         seen_by_policy = self.measured(head, window(hidden, offset, block), masked, window(draw, offset, block))
         commit, remask, policy = self.policy(u[1], here, masked, seen_by_policy, now.times, state.policy)
-        if full and self.parity and self.cache != "none":
+        if opening:
             commit, remask = jnp.broadcast_to(jnp.arange(block) == 0, masked.shape), jnp.zeros_like(masked)
         commit = (commit | now.last) & masked & now.waiting[:, None]
         remask = remask & ~now.last & ~masked & ~window(rows.given, now.block, block) & now.waiting[:, None]

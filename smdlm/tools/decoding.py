@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,16 @@ def counted(made: dict[str, Case]) -> dict[str, dict[str, float]]:
 def least_seconds(case: Case, chip: str) -> float:
     """Of all passes of one row on one chip: weights and cache are read once in each, in bf16."""
     model, (sizes, read) = case.decoder.denoiser.model, case.count()
-    shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
-    weights = 2 * sum(int(np.prod(x.shape)) for x in shapes)
+    weights = 2 * _parameters(model)
     cache = 0 if case.decoder.cache == "none" else 2 * sum(x.size for x in jax.tree.leaves(_cache_of(case)))
     head = case.decoder.flops((1, case.length), [], read) / len(sizes)
     passes = [case.decoder.flops((1, case.length), [size], 0) + head for size in sizes]
     return sum(max(flops / CHIPS[chip].flops, (weights + cache) / CHIPS[chip].hbm) for flops in passes)
+
+
+@functools.cache
+def _parameters(model: Any) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 
 def _cache_of(case: Case) -> Any:
