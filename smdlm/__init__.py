@@ -3,6 +3,8 @@
 model = smdlm.load("runs/tiny")
 model.sample("Return the ", count=4, steps=64, seed=0)
 model.infill("Return ____ of the list.", tokens=12)
+model.generate(["Return the ", "Return [MASK] of the list."], new_tokens=64).answers[0].text
+model.chat("What is a list?")   # where the tokenizer has a chat template
 model.score(["Return a copy of the list."])
 model.denoiser, model.params    # for those who go on in JAX
 """

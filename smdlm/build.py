@@ -20,7 +20,6 @@ from smdlm.denoiser import Denoiser
 from smdlm.mesh.arrays import local_rows, place, put
 from smdlm.mesh.rules import assert_sharded, batch_shards, param_shardings, state_shardings
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion
-from smdlm.ops.filters import Filters
 from smdlm.optimizer import TrainState, init_state, make_optimizer
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler
@@ -166,14 +165,13 @@ def assemble(config: Config, vocabulary: Tokenizer | Vocabulary, mesh: Mesh, dat
 
 def make_sampler(config: Config, denoiser: Denoiser, bos_id: int) -> Sampler | ARSampler:
     s = config.sampling
-    filters = Filters(s.temperature, s.top_p, s.top_p_rule)
     if denoiser.model.causal:
-        return ARSampler(denoiser, config.readout, bos_id, filters)
+        return ARSampler(denoiser, config.readout, bos_id, s.filters)
     return Sampler(
         denoiser=denoiser,
         readout=config.readout,
         policy=s.policy,
-        filters=filters,
+        filters=s.filters,
         steps=s.steps,
         use_feedback=s.use_feedback and denoiser.softmask is not None,
         feedback_source=s.feedback_source,

@@ -23,6 +23,7 @@ MODES = {  # of smdlm.main
     "eval": "validation likelihood of the workdir's EMA weights",
     "sample": "samples of the workdir's EMA weights",
     "show": "every field of the config, and where its value is from",
+    "generate": "answers to a file of prompts (--prompts)",
     "score": "samples measured under a named protocol (--protocol, --scorer)",
     "zeroshot": "likelihood of other texts (--sets)",
     "compare": "two or more workdirs beside each other: --mode=compare A B",

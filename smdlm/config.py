@@ -28,6 +28,7 @@ from smdlm.models import MODELS, Model
 from smdlm.ops.filters import Filters
 from smdlm.optimizer import OptimizerConfig
 from smdlm.readout import Readout
+from smdlm.sampling.generate import GenerateConfig
 from smdlm.sampling.loop import check_fields
 from smdlm.sampling.policies import POLICIES, Policy
 from smdlm.softmask import SoftMask
@@ -96,6 +97,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 0.9
     top_p_rule: str = "standard"
+    top_k: int = 0
     use_feedback: bool = True
     feedback_source: str = "subs"
     refresh: str = "always"
@@ -112,7 +114,11 @@ class SamplingConfig:
         check_omega("sampling.omega", self.omega)
         if self.viewer:
             check_path("sampling.viewer", self.viewer)
-        Filters(self.temperature, self.top_p, self.top_p_rule)
+        _ = self.filters
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.temperature, self.top_p, self.top_p_rule, self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +158,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "sampling": SamplingConfig,
+    "generate": GenerateConfig,
     "eval": EvalConfig,
     "mesh": MeshConfig,
 }
@@ -206,6 +213,7 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
     sampling: SamplingConfig
+    generate: GenerateConfig
     eval: EvalConfig
     mesh: MeshConfig
 

@@ -20,6 +20,7 @@ from absl import logging
 
 from smdlm import command
 from smdlm.build import Experiment
+from smdlm.config import SamplingConfig
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
 from smdlm.evaluate import SAMPLE_METRICS
@@ -34,9 +35,12 @@ from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
 from smdlm.optimizer import TrainState, init_state
+from smdlm.sampling.blocks import BlockDecoder
+from smdlm.sampling.generate import Generated, Generator
 from smdlm.sampling.loop import Sampler
-from smdlm.sampling.policies import POLICIES, Policy
+from smdlm.sampling.policies import POLICIES, Entropy, Margin, MaxProbability, Policy
 from smdlm.sampling.trace import Trace, record
+from smdlm.sampling.transfer import Transfer
 from smdlm.train import Training, check_saved, run
 
 
@@ -153,10 +157,7 @@ def write_viewer(experiment: Experiment, params: Any) -> None:
 
 def sample_records(experiment: Experiment, sampled: Sampled) -> list[dict[str, Any]]:
     """What is kept of each sample: text, token ids, seed (with the sample's number in its batch) and settings."""
-    config = experiment.config.sampling
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings["policy"] = {"name": type(config.policy).__name__, **dataclasses.asdict(config.policy)}
-    del settings["viewer"]
+    settings = _settings(experiment.config.sampling)
     shared = {"seed": settings.pop("seed"), "forwards": sampled.forwards, "settings": settings}
     return [
         {"text": text, "ids": ids.tolist(), "number": i, **shared}
@@ -178,6 +179,57 @@ def known_words(experiment: Experiment) -> frozenset[str]:
     blocks = experiment.data.train
     few = range(min(len(blocks), 2**21 // experiment.config.data.seq_len))
     return frozenset(words(experiment.vocabulary.decode(np.concatenate([blocks[i] for i in few]))))
+
+
+def _settings(config: SamplingConfig) -> dict[str, Any]:
+    """config.sampling as JSON values."""
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del settings["viewer"]
+    return settings | {"policy": {"name": type(config.policy).__name__, **dataclasses.asdict(config.policy)}}
+
+
+# --------------------------------------------------------------------------------------------------------- generating
+
+
+def make_generator(experiment: Experiment) -> Generator:
+    """What answers prompts, from config.sampling and config.generate. ValueError for a causal model."""
+    config, sampling, denoiser = experiment.config.generate, experiment.config.sampling, experiment.denoiser
+    policy = sampling.policy
+    if config.parity and isinstance(policy, (MaxProbability, Margin, Entropy)):
+        policy = Transfer(policy, sampled=sampling.temperature > 0)
+    decoder = BlockDecoder(
+        denoiser=denoiser,
+        readout=experiment.config.readout,
+        policy=policy,
+        filters=sampling.filters,
+        block=config.block,
+        cache=config.cache,
+        ahead=config.ahead,
+        use_feedback=sampling.use_feedback and denoiser.softmask is not None,
+        parity=config.parity,
+    )
+    if config.block:  # else one row after another would be refused, after the first has been waited for
+        decoder.plan(config.new_tokens, 0, sampling.steps)
+    length = experiment.config.data.seq_len
+    return Generator(decoder, experiment.vocabulary, config, length, sampling.steps, experiment.place)
+
+
+def answer_records(experiment: Experiment, generated: Generated) -> list[dict[str, Any]]:
+    """What is kept of each answer: the prompt as it was given, text, token ids, seed, passes and settings."""
+    settings = _settings(experiment.config.sampling) | dataclasses.asdict(experiment.config.generate)
+    del settings["seed"], settings["prompt"], settings["count"]
+    return [
+        {
+            **answer.prompt.given,
+            "text": answer.text,
+            "ids": answer.ids.tolist(),
+            "seed": answer.prompt.seed,
+            "forwards": answer.forwards,
+            "finish": answer.finish,
+            "settings": settings,
+        }
+        for answer in generated.answers
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- restoring

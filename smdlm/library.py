@@ -14,6 +14,7 @@ import numpy as np
 from smdlm import command, experiment
 from smdlm.build import Experiment, assemble, make_sampler
 from smdlm.config import read
+from smdlm.data.chat import Messages
 from smdlm.data.kept import tokenizer_of_run
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
@@ -22,6 +23,7 @@ from smdlm.files import local_path
 from smdlm.io import viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
+from smdlm.sampling.generate import GenerateConfig, Generated, parse
 from smdlm.sampling.trace import Trace
 
 BLANK = "____"
@@ -183,6 +185,41 @@ class Trained:
         with jax.set_mesh(self.experiment.mesh):
             return experiment.watch(self._sampling(**sampling), self.params)
 
+    def generate(self, prompts: Sequence[str | Mapping[str, Any]], *, seed: int = 0, **fields: Any) -> Generated:
+        """Answers to prompts, with what they took: forward passes, FLOPs, seconds.
+
+        Args:
+          prompts: texts to be continued (or filled, where they hold '[MASK]'), or objects as the lines of a file of
+            prompts are (`smdlm.sampling.generate.parse`): with a suffix, a chat, texts that end the answer, ..
+          seed: of the first; each has the next one. The same seed gives the same answer, whoever shares its batch.
+          fields: of config.sampling and config.generate (steps, temperature, new_tokens, block, cache, ...); what is
+            not given is as the run was configured.
+
+        Raises:
+          ValueError: one line; a prompt that is empty or does not fit, an AR model.
+        """
+        if isinstance(prompts, (str, Mapping)):
+            raise ValueError(f"generate: got {prompts!r}, wanted a list of prompts")
+        records = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+        parsed = [parse(x, self.tokenizer, (seed + i) % 2**32, f"prompt {i + 1}") for i, x in enumerate(records)]
+        if not parsed:
+            raise ValueError("generate: got no prompts, wanted at least 1")
+        generator = experiment.make_generator(self._sampling(**fields))
+        with jax.set_mesh(self.experiment.mesh):
+            return generator(self.params, parsed)
+
+    def chat(self, messages: str | Messages, *, prefix: str = "", stop: Sequence[str] = (), **fields: Any) -> str:
+        """The assistant's next turn, of a tokenizer with a chat template.
+
+        Args:
+          messages: {'role': .., 'content': ..} first to last; a text is what the user says.
+          prefix: how the turn begins; it is a part of the answer. stop: texts that end it.
+          fields: as in `generate`.
+        """
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        record = {"messages": turns, "prefix": prefix, "stop": list(stop)}
+        return prefix + self.generate([record], **fields).answers[0].text
+
     def score(self, texts: Sequence[str], *, draws: int = 8, seed: int = 0) -> list[dict[str, Value]]:
         """How likely the model finds each text: values by name, each labelled with the likelihood it is.
 
@@ -223,11 +260,15 @@ class Trained:
         return {name: (np.array([nll[name].sum() for nll, _, _ in all_draws]), tokens) for name in all_draws[0][0]}
 
     def _sampling(self, **fields: Any) -> Experiment:
-        """The experiment with other fields of config.sampling, checked like those of a command line."""
+        """The experiment with other fields of config.sampling and config.generate, checked like a command line's."""
         settings = copy.deepcopy(dict(self.settings))
-        settings["sampling"] = {**settings.get("sampling", {}), **fields}
-        config = read(settings, [f"sampling.{name}" for name in fields])
-        config = dataclasses.replace(self.experiment.config, sampling=config.sampling)
+        own = {field.name for field in dataclasses.fields(GenerateConfig)}
+        given = {f"{'generate' if name in own else 'sampling'}.{name}": value for name, value in fields.items()}
+        for name, value in given.items():
+            section, _, field = name.partition(".")
+            settings[section] = {**settings.get(section, {}), field: value}
+        config = read(settings, list(given))
+        config = dataclasses.replace(self.experiment.config, sampling=config.sampling, generate=config.generate)
         sampler = make_sampler(config, self.denoiser, self.tokenizer.bos_id)
         return dataclasses.replace(self.experiment, config=config, sampler=sampler)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from smdlm import command, describe, experiment, identity, score, startup, study
+from smdlm import command, describe, experiment, generation, identity, score, startup, study
 from smdlm.build import assemble, build
 from smdlm.config import Config, read
 from smdlm.data.kept import tokenizer_of_run
@@ -24,6 +24,7 @@ from smdlm.io.writer import Writer, unused_name
 def define_flags() -> None:
     command.define_config()
     score.define_flags()
+    generation.define_flags()
     flags.DEFINE_string("workdir", None, "Where everything goes; runs/<config name> by default.")
     flags.DEFINE_enum("mode", "train", list(command.MODES), "train includes the final eval and samples.")
     flags.DEFINE_bool("overwrite", False, "Delete the workdir's run and start anew.")
@@ -51,13 +52,11 @@ def main(*results: str) -> None:
     if given.mode == "train":
         _train(config, workdir, checkpointer, snapshot, given.overwrite)
     elif checkpointer.latest_step() is None:
-        raise FileNotFoundError(
-            f"{given.mode}: got no checkpoint in {checkpointer.directory}, wanted a trained run: --mode=train first"
-        )
+        raise FileNotFoundError(f"{given.mode}: got no checkpoint in {workdir}, wanted one of --mode=train first")
     elif given.mode in ("score", "zeroshot"):
         score.run(score.Run(workdir, config, snapshot, checkpointer), given)
     else:
-        {"eval": _evaluate, "sample": _sample}[given.mode](config, workdir, checkpointer)
+        {"eval": _evaluate, "sample": _sample, "generate": generation.run}[given.mode](config, workdir, checkpointer)
     checkpointer.close()
 
 

@@ -78,10 +78,13 @@ class Readout:
         if self.k < 1 or self.chunk < 1:
             raise ValueError(f"readout: got k {self.k}, chunk {self.chunk}, wanted both at least 1")
 
-    def feedback(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
-        """Top-k and entropy of the prediction at masked positions: hidden [B, L, D], masked [B, L] -> Feedback."""
+    def feedback(self, head: Head, hidden: jax.Array, masked: jax.Array, filters: Filters = Filters()) -> Feedback:
+        """Top-k and entropy of the prediction at masked positions: hidden [B, L, D], masked [B, L] -> Feedback.
+
+        filters: of what is drawn from, for who goes by that distribution; temperature 0 counts as 1.
+        """
         chex.assert_rank([hidden, masked], [3, 2])
-        return _per_shard(self._feedback, head, hidden, masked)
+        return _per_shard(functools.partial(self._feedback, filters), head, hidden, masked)
 
     def feedback_with_gradient(self, head: Head, hidden: jax.Array, masked: jax.Array) -> Feedback:
         """`feedback` of all positions, differentiable in head and hidden: its logits are formed again on the way back.
@@ -122,16 +125,20 @@ class Readout:
 
     # What follows runs on each shard of the batch by itself (axes: the mesh axes that split it).
 
-    def _feedback(self, axes: Axes, head: Head, hidden_BxLxD: jax.Array, masked_BxL: jax.Array) -> Feedback:
+    def _feedback(
+        self, filters: Filters, axes: Axes, head: Head, hidden_BxLxD: jax.Array, masked_BxL: jax.Array
+    ) -> Feedback:
         hidden_NxD, masked_N = hidden_BxLxD.reshape(masked_BxL.size, -1), masked_BxL.reshape(-1)
         nothing = self._no_statistics(masked_N.size)
-        if _by_pallas(axes, hidden_NxD, head.matrix, self.k):
+        if filters.plain and _by_pallas(axes, hidden_NxD, head.matrix, self.k):
             chunk, count = selected_rows(masked_N, pallas.padded_rows(masked_N.size))
             found = pallas.statistics(chunk.of(hidden_NxD), head.matrix, head.bias, count, self.k)
             return _as_feedback(chunk.into(nothing, found), masked_BxL)
 
         def body(chunk: Chunk, carry: Any) -> Any:
             logits_CxV = head.logits(chunk.of(hidden_NxD))
+            if not filters.plain:
+                logits_CxV = filters.log_probs(logits_CxV, EXCLUDED)
             values_CxK, ids_CxK = vocab.top_k(logits_CxV, self.k)
             return chunk.into(carry, (ids_CxK, *vocab.statistics(logits_CxV, values_CxK)))
 

@@ -6,7 +6,29 @@ import numpy as np
 import pytest
 
 from smdlm.ops import filters
-from smdlm.ops.filters import Filters, inverse_cdf, nucleus_threshold
+from smdlm.ops.filters import Filters, inverse_cdf, kth_largest, nucleus_threshold
+
+# Top-k
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "tied"])
+def test_top_k_is_that_of_a_sort(kind):
+    """Equal probabilities stand or fall together."""
+    probs = distributions(kind, 60)
+    for k in (1, 2, 7, 60):
+        np.testing.assert_array_equal(kth_largest(probs, k), np.sort(probs, -1)[:, -k])
+    np.testing.assert_array_equal(kth_largest(probs, 61), np.zeros(len(probs)))
+
+
+def test_top_k_comes_after_top_p():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    kept = lambda **fields: np.flatnonzero(Filters(**fields).probs(logits)[0]).tolist()
+    assert kept(top_k=3) == [0, 1, 2] and kept(top_k=3, top_p=0.7) == [0, 1] and kept(top_k=1, top_p=0.7) == [0]
+    log_probs = np.asarray(Filters(0.0, top_k=2).log_probs(logits, -7.0))[0]  # at temperature 0 as at 1
+    np.testing.assert_allclose(log_probs, [np.log(0.5), np.log(0.3), -7, -7], rtol=1e-5)
+    assert Filters().plain and Filters(0.0).plain
+    assert not any(f.plain for f in (Filters(0.5), Filters(top_p=0.9), Filters(top_k=5)))
+
 
 # Nucleus
 
@@ -96,7 +118,9 @@ def test_filters_apply_temperature_first():
     assert np.all(np.asarray(Filters(top_p=1.0).probs(logits)) > 0)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_p_rule": "hf"}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_p_rule": "hf"}, {"top_k": -1}]
+)
 def test_filters_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="got .*, wanted"):
         Filters(**wrong)

@@ -33,7 +33,7 @@ FLOORS = [
     ["smdlm.describe", "smdlm.experiment"],
     ["smdlm.library"],
     ["smdlm"],
-    ["smdlm.score", "smdlm.study"],
+    ["smdlm.generation", "smdlm.score", "smdlm.study"],
     ["smdlm.main", "smdlm.tools"],
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.
@@ -47,6 +47,7 @@ ONLY = {
     "ml_collections": {"smdlm.config", "smdlm.command"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
+    "jinja2": {"smdlm.data.chat"},
     "tensorflow_datasets": {"smdlm.data"},
     "tensorboardX": {"smdlm.io.writer"},
     "matplotlib": {"smdlm.io.plots"},

@@ -112,6 +112,27 @@ def test_help_is_a_page_and_show_names_what_differs(tmp_path):
     assert done.stdout.startswith(f"{sum(row[:1] == ['*'] for row in rows)} fields other than in the file")
 
 
+def test_generate(finished, tmp_path):
+    """A file of prompts to a file of answers; what a cache changes; a mistake leaves nothing behind."""
+    workdir, _ = finished
+    prompts, answers = tmp_path / "prompts.jsonl", workdir / "samples/step_00000040_generate_1.jsonl"
+    prompts.write_text('{"prompt": "Doc", "id": 7}\n{"prompt": "a[MASK]b", "seed": 3}\n')
+    flags = ["--mode=generate", f"--prompts={prompts}", "--config.sampling.policy=max_prob"]
+    fields = ["new_tokens=4", "bucket=8", "block=2", "cache=dual", "batch_size=2"]
+    done = call(workdir, *flags, *(f"--config.generate.{field}" for field in fields), "--verify_cache")
+    assert done.returncode == 0, done.stderr
+    for words in ("--- answer 2 (1 forwards, length)", "tokens per forward", "flops saved", "largest logit difference"):
+        assert words in done.stdout
+    first, second = map(json.loads, answers.read_text("utf-8").splitlines())
+    assert (first["prompt"], first["id"], first["seed"], len(first["ids"])) == ("Doc", 7, 0, 4)
+    assert (second["seed"], len(second["ids"]), second["text"][0], second["text"][-1]) == (3, 1, "a", "b")
+    assert first["settings"]["cache"] == "dual" and first["settings"]["policy"]["name"] == "MaxProbability"
+    prompts.write_text('{"prompt": "Doc"}\n{"prompt": ""}\n')
+    wrong = call(workdir, *flags)
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith("at least one character")
+    assert len(list((workdir / "samples").glob("*generate*"))) == 2
+
+
 @pytest.mark.slow
 def test_kill_and_rerun_continues_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn (temperature, nucleus), and the draw itself: one uniform per position.
+"""Which tokens may be drawn (temperature, nucleus, top-k), and the draw itself: one uniform per position.
 
 All functions work on rows of a probability matrix [N, V]; nothing is ever sorted.
 """
@@ -22,18 +22,20 @@ SEARCH = {"gpu": (16, 4)}
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Temperature, then top-p.
+    """Temperature, then top-p, then top-k.
 
     Attributes:
       temperature: 0 takes the most probable token.
       top_p: 1 keeps everything.
       top_p_rule: 'standard' keeps the token that crosses p; 'reference' drops it (the public soft-masking code keeps
         tokens whose inclusive cumulative probability is <= p, and always the first).
+      top_k: 0 keeps everything; equal probabilities are kept or dropped together.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_p_rule: str = "standard"
+    top_k: int = 0
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -42,6 +44,19 @@ class Filters:
             raise ValueError(f"sampling top_p: got {self.top_p}, wanted 0 < top_p <= 1 (1 keeps everything)")
         if self.top_p_rule not in ("standard", "reference"):
             raise ValueError(f"sampling top_p_rule: got {self.top_p_rule!r}, wanted 'standard' or 'reference'")
+        if self.top_k < 0:
+            raise ValueError(f"sampling top_k: got {self.top_k}, wanted at least 1, or 0 to keep everything")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the distribution is that of the model, of which the best token may be taken."""
+        return self.temperature in (0, 1) and self.top_p >= 1 and not self.top_k
+
+    def log_probs(self, logits: jax.Array, excluded: float) -> jax.Array:
+        """Logarithms of `probs`, not renormalised either, `excluded` where they are 0; temperature 0 counts as 1."""
+        filters = self if self.temperature else dataclasses.replace(self, temperature=1.0)
+        probs = filters.probs(logits)
+        return jnp.where(probs > 0, jnp.log(probs), excluded)
 
     def probs(self, logits: jax.Array, top: jax.Array | None = None) -> jax.Array:
         """Filtered probabilities, not renormalised: logits [N, V] f32 -> [N, V] f32. Not for temperature 0.
@@ -53,10 +68,11 @@ class Filters:
             logits, top = logits / self.temperature, top / self.temperature
         unnormalised = jnp.exp(logits - top)
         probs = unnormalised / unnormalised.sum(-1, keepdims=True)
-        if self.top_p >= 1:
-            return probs
-        threshold = nucleus_threshold(probs, self.top_p, self.top_p_rule)
-        return jnp.where(probs >= threshold[:, None], probs, 0.0)
+        threshold = None if self.top_p >= 1 else nucleus_threshold(probs, self.top_p, self.top_p_rule)
+        if self.top_k:
+            largest = kth_largest(probs, self.top_k)
+            threshold = largest if threshold is None else jnp.maximum(threshold, largest)
+        return probs if threshold is None else jnp.where(probs >= threshold[:, None], probs, 0.0)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -119,6 +135,20 @@ def _masses(probs: jax.Array, thresholds: list[jax.Array]) -> list[jax.Array]:
         return [a + b for a, b in zip(sums, terms, strict=True)]
 
     return jax.lax.reduce(kept, [jnp.float32(0)] * len(kept), add, (1,))
+
+
+def kth_largest(probs: jax.Array, k: int) -> jax.Array:
+    """The k-th largest entry of each row, 0 if the row has fewer: [N, V] f32 >= 0 -> [N] f32, by bisection as above."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # at least k entries are >= low, fewer are >= high
+        middle = low + (high - low) // 2
+        enough = jnp.sum(probs >= _float(middle)[:, None], -1) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros(len(probs), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, _bits(jnp.full(len(probs), jnp.inf))))
+    return _float(low)
 
 
 def inverse_cdf(probs: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,10 @@ from golden.arrays import ROOT, Folder
 from smdlm.convert import decoder, streams
 from smdlm.models.decoder import Decoder
 
-COVERED = ("forward.npz", "sharded_bf16.npz")
+COVERED = (
+    *("forward.npz", "sharded_bf16.npz"),
+    *("generate.npz", "fastdllm.npz", "sample_tokens.npz", "transfer_schedules.npz"),
+)
 
 
 class _Covered(Folder):
