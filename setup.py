@@ -19,6 +19,7 @@ setup(
         "grain",
         "importlib_resources",  # tensorflow-datasets needs it without declaring it
         "jax",
+        "jinja2",
         "matplotlib",
         "ml-collections",
         "numpy",

@@ -46,6 +46,7 @@ ONLY = {
     "ml_collections": {"smdlm.config", "smdlm.command"},
     "grain": {"smdlm.data"},
     "tokenizers": {"smdlm.data"},
+    "jinja2": {"smdlm.data.chat"},
     "tensorflow_datasets": {"smdlm.data"},
     "tensorboardX": {"smdlm.io.writer"},
     "matplotlib": {"smdlm.io.plots"},

@@ -20,6 +20,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a tokenizer into a folder, the file that makes it complete last. OSError."""
     backend, ours = tokenizer.backend, {"spec": tokenizer.name, "fingerprint": tokenizer.fingerprint}
     config: dict = {"smdlm": ours}
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
     if backend:
         text = backend.tokenizer.to_str(pretty=True)
         write(folder / BACKEND, text)
@@ -46,7 +48,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             names = Backend(
                 plain(text.decode("utf-8")), config["eos_token"], config["bos_token"], config.get("mask_token"), special
             )
-            tokenizer = wrap(ours["spec"], names)
+            tokenizer = wrap(ours["spec"], names, config.get("chat_template", ""))
         if tokenizer.fingerprint != ours["fingerprint"]:
             raise ValueError("another fingerprint")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -98,13 +98,28 @@ def huggingface(spec: str, folder: Path) -> Tokenizer:
         raise ValueError(f"tokenizer {spec!r}: got no end-of-text token, wanted eos_token in tokenizer_config.json")
     bos = named(config.get("bos_token"), config.get("cls_token")) or eos
     mask = named(config.get("mask_token"), *MASK_NAMES)
-    return wrap(spec, Backend(backend, eos, bos, mask, _special(config)))
+    return wrap(spec, Backend(backend, eos, bos, mask, _special(config)), _chat_template(folder, config))
 
 
 def _content(token: object) -> str:
     """The spelling of a token, which files give as a text or as an object with flags; '' for what is no token."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
+
+
+def _chat_template(folder: Path, config: dict) -> str:
+    """Jinja source: of a file of its own, else of the configuration, where it may be one of several; '' for none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer: got an unreadable {file} ({error}), wanted UTF-8 text") from error
+    found = config.get("chat_template") or ""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default") or ""
+    return found if isinstance(found, str) else ""
 
 
 def _special(config: dict) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class Tokenizer:
         and one that the text spells out ('[MASK]') is spelled with ordinary tokens.
       count_unspelled: (texts, their ids) -> number of their characters, blanks aside, that the vocabulary lacks.
       backend: what it was made from; None for bytes.
+      chat_template: Jinja source of how a chat is spelled (data/chat.py); '' where the files have none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Tokenizer:
     encode_batch: Callable[[list[str]], list[np.ndarray]]
     count_unspelled: Callable[[list[str], list[np.ndarray]], int] = spells_everything
     backend: Backend | None = None
+    chat_template: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -94,7 +96,7 @@ class Tokenizer:
         return b"\n" if i in (self.eos_id, self.bos_id) else self.pieces[i]
 
 
-def wrap(name: str, backend: Backend) -> Tokenizer:
+def wrap(name: str, backend: Backend, chat_template: str = "") -> Tokenizer:
     """A Tokenizer from a backend; without a mask of its own one is appended."""
     encoder, pieces = TextEncoder(backend), _pieces(backend)
 
@@ -129,6 +131,7 @@ def wrap(name: str, backend: Backend) -> Tokenizer:
         encode_batch=encode_batch,
         count_unspelled=count_unspelled,
         backend=backend,
+        chat_template=chat_template,
     )
 
 
