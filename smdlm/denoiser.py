@@ -34,6 +34,12 @@ class Denoiser:
         omega = self.softmask.init() if self.softmask else {}
         return {"backbone": self.model.init(key), "softmask": omega}
 
+    def whole(self, params: Any, base: Any) -> Any:
+        """What all other methods take, of what is trained (`init`) and the frozen base, None where everything is."""
+        if base is None:
+            return params
+        return {**params, "backbone": self.model.join(base, params["backbone"])}
+
     def __call__(
         self, params: Any, tokens: jax.Array, feedback: Feedback | None = None, **options: Any
     ) -> jax.Array | tuple[jax.Array, KVCache]:

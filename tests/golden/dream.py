@@ -15,7 +15,10 @@ from golden.arrays import ROOT, Folder
 from smdlm.convert import decoder, streams
 from smdlm.models.decoder import Decoder
 
-COVERED = ("forward.npz", "sharded_bf16.npz")
+COVERED = (
+    *("forward.npz", "sharded_bf16.npz"),
+    "sft.npz",
+)
 
 
 class _Covered(Folder):

@@ -59,8 +59,9 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
         "valid": jax.ShapeDtypeStruct((data.batch_size,), bool, sharding=sharding),
     }
     step, state = experiment.train_step(), experiment.abstract_state()
+    base = (experiment.abstract_base()[0],) if experiment.frozen else ()
     with jax.set_mesh(experiment.mesh):
-        lowered = step.lower(state, batch)
+        lowered = step.lower(state, batch, *base)
     tokens = data.batch_size * data.seq_len
     # A backward pass costs two forwards; pass one has none.
     two_passes = experiment.objective.p_sm > 0
@@ -88,7 +89,7 @@ def compile_sampler(config: Config, topology: Topology) -> Report:
 
     split = batch_sharding(mesh) if count % batch_shards(mesh) == 0 else replicated(mesh)
     canvas = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=split)
-    arguments = (sampler, experiment.abstract_params()[0], everywhere(lambda: jax.random.key(0)), canvas)
+    arguments = (sampler, experiment.abstract_whole(), everywhere(lambda: jax.random.key(0)), canvas)
     if isinstance(sampler, ARSampler):
         function, steps = ARSampler.__call__, length - 1
         tokens_read = count * steps
@@ -262,6 +263,6 @@ def _share(experiment: Experiment) -> float:
 
 def _forward_flops(experiment: Experiment, tokens: int) -> float:
     """Of matrix products: the model's, and those of the head for the tokens that are read out."""
-    head = jax.eval_shape(experiment.denoiser.head, experiment.abstract_params()[0])
+    head = jax.eval_shape(experiment.denoiser.head, experiment.abstract_whole())
     per_token = experiment.denoiser.model.flops(experiment.config.data.seq_len)
     return tokens * (per_token + _share(experiment) * 2 * head.matrix.size)
