@@ -9,17 +9,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from smdlm.config import Config
+from smdlm.data.conversations import Chat
 from smdlm.data.sft import ChatData
 from smdlm.data.text import TextData, load
 from smdlm.data.vocabulary import Tokenizer, Vocabulary
 from smdlm.denoiser import Denoiser
 from smdlm.mesh.arrays import local_rows, place, put
-from smdlm.mesh.rules import assert_sharded, batch_shards, param_shardings, state_shardings
+from smdlm.mesh.rules import assert_sharded, batch_sharding, batch_shards, param_shardings, state_shardings
 from smdlm.models.base import Frozen, Model
 from smdlm.objective import NextToken, Objective, ResponseDiffusion, SoftMaskedDiffusion
 from smdlm.ops.filters import Filters
@@ -129,6 +131,15 @@ class Experiment:
     def eval_batches(self, blocks: int, batch_size: int) -> Any:
         """Once through the first `blocks` blocks (or conversations) of the validation split, in order."""
         return self.data.eval_batches(blocks, batch_size)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes with shardings of a training batch; of conversations, one of the longest bucket."""
+        data, sharding = self.config.data, batch_sharding(self.mesh)
+        shapes = {"tokens": ((data.batch_size, data.seq_len), jnp.int32), "valid": ((data.batch_size,), bool)}
+        if isinstance(data.source, Chat):
+            marks = ("frozen",) if data.source.supervise_pads else ("frozen", "attend")
+            shapes |= {name: ((data.batch_size, data.seq_len), bool) for name in marks}
+        return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
     def put(self, batch: dict[str, np.ndarray]) -> Any:
         """This process's rows of a training batch -> one global array per entry."""

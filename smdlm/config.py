@@ -135,6 +135,13 @@ class AdapterConfig:
         if self.kind not in (known := ("none", *ADAPTERS, "softmask")):
             raise ValueError(f"adapter.kind: got {self.kind!r}, wanted one of {', '.join(map(repr, known))}")
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: equal for the same function of the same parameters."""
+        if self.kind not in ADAPTERS:
+            return {"kind": self.kind}
+        return {**dataclasses.asdict(self), "targets": sorted(self.targets.split(","))}
+
     def around(self, model: Model) -> Model:
         """The model with what is trained beside it. ValueError, one line: modules that it lacks, an impossible rank."""
         if self.kind == "none":

@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from smdlm.build import Experiment
+from smdlm.convert.folders import import_weights
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
 from smdlm.evaluate.base import Subject, Value, weights
@@ -28,7 +29,7 @@ from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
 from smdlm.optimizer import TrainState
-from smdlm.train import Training, check_saved, run
+from smdlm.train import TrainConfig, Training, check_saved, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +121,14 @@ def restore(experiment: Experiment, checkpointer: Checkpointer, omega: str) -> t
     params = checkpointer.restore_params(abstract, "params", meta["step"])[0] if omega == "live" else None
     base = None
     if experiment.frozen:
-        base, facts = frozen_base(experiment, load_weights(experiment, init_source(experiment.config.train.init_from)))
+        base, facts = frozen_base(experiment, load_weights(experiment, init_source(experiment.config.train)))
         check_same_base(meta.get("base"), facts)
     return experiment.denoiser.whole(weights(ema, params, omega), base), meta["step"]
+
+
+def described(experiment: Experiment) -> dict[str, Any]:
+    """What a checkpoint keeps of the network, for conversions."""
+    return {"model": dataclasses.asdict(experiment.network), "mask_id": experiment.denoiser.mask_id}
 
 
 def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
@@ -140,13 +146,23 @@ def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
         )
 
 
-def init_source(workdir: str) -> Checkpointer:
-    """The checkpoints that train.init_from names. FileNotFoundError where there are none."""
-    source = checkpointer_of(local_path("train.init_from", workdir))
+def init_source(config: TrainConfig) -> Checkpointer:
+    """The checkpoints that train.init_from names, made by train.init_import where there are none.
+
+    Raises:
+      FileNotFoundError: there are none. ValueError: what they would be made of does not fit.
+    """
+    workdir = local_path("train.init_from", config.init_from)
+    source = checkpointer_of(workdir)
+    if source.latest_step() is None and config.init_import and jax.process_count() == 1:
+        kind, _, path = config.init_import.partition(":")
+        print(f"importing {path} into {workdir}", flush=True)
+        for line in import_weights(kind, local_path("train.init_import", path), workdir):
+            print(line, flush=True)
     if source.latest_step() is None:
         raise FileNotFoundError(
             f"train.init_from: got no checkpoint in {source.directory}, wanted a workdir that holds one: train it, or "
-            f"python -m smdlm.convert import mdlm FILE {workdir}"
+            f"python -m smdlm.convert import mdlm FILE {config.init_from}"
         )
     return source
 
@@ -204,7 +220,9 @@ def load_weights(experiment: Experiment, source: Checkpointer) -> Loaded:
 def frozen_base(experiment: Experiment, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
     """(weights of the frozen network, what a checkpoint keeps of them)."""
     base = loaded.params["backbone"]
-    return base, {"workdir": experiment.config.train.init_from, "hash": weights_hash(base)}
+    config = experiment.config
+    facts = {"workdir": config.train.init_from, "hash": weights_hash(base), "adapter": config.adapter.described}
+    return base, facts
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -244,7 +262,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         tokens_per_batch=config.data.batch_size * config.data.seq_len,
         checkpointer=checkpointer,
         writer=writer,
-        meta=lambda: {**meta, **start.facts, "model": dataclasses.asdict(experiment.network), "wall_s": seconds()},
+        meta=lambda: {**meta, **start.facts, **described(experiment), "wall_s": seconds()},
         evaluate=evaluate_state,
     )
     with diverged(workdir):
@@ -295,7 +313,7 @@ def _start(experiment: Experiment, checkpointer: Checkpointer) -> _Start:
     """Resumed, continued from the weights of another run (or beside them), or new."""
     fresh, base, facts, source = checkpointer.latest_step() is None, None, {}, experiment.config.train.init_from
     if source and (fresh or experiment.frozen):
-        loaded = load_weights(experiment, init_source(source))
+        loaded = load_weights(experiment, init_source(experiment.config.train))
         if jax.process_index() == 0:
             print(loaded.line)
         if experiment.frozen:

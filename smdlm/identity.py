@@ -20,6 +20,7 @@ from smdlm.train import NonFinite
 # Sections and fields that do not change what the weights become.
 FREE_SECTIONS = {"sampling", "eval", "mesh"}
 FREE_FIELDS = {f"train.{name}" for name in ("steps", "log_every", "save_every", "eval_every", "keep", "accumulate")}
+FREE_FIELDS |= {"train.init_import"}  # its weights are those of init_from
 DIVERGED = "diverged"  # a file in the workdir: training ended with NaN or inf, and waits for another optimizer
 
 
@@ -81,13 +82,15 @@ def weights_hash(tree: Any) -> str:
 
 
 def check_same_base(saved: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
-    """ValueError unless a frozen base is the one beside which a checkpoint was trained; both as in its meta."""
+    """ValueError unless base and kind of adapter are those with which a checkpoint was trained; both as in its meta."""
     if not saved or saved["hash"] != base["hash"]:
         got = f"weights {saved['hash'][:12]} of {saved['workdir']}" if saved else "no frozen base"
         raise ValueError(
             f"train.init_from: got {base['workdir']} with weights {base['hash'][:12]} for a checkpoint trained beside "
             f"{got}, wanted that base"
         )
+    if saved["adapter"] != base["adapter"]:
+        raise ValueError(f"adapter: got {base['adapter']} for a checkpoint of {saved['adapter']}, wanted that")
 
 
 def differences(saved: Mapping[str, Any], config: Config, free: set[str] = frozenset()) -> list[str]:

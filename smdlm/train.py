@@ -40,6 +40,7 @@ class TrainConfig:
       keep: checkpoints kept.
       seed: of parameters, noise and dropout.
       init_from: workdir whose newest raw weights a new run starts from, '' for random ones.
+      init_import: 'KIND:SRC', what `smdlm.convert import KIND SRC` makes of init_from where there is nothing yet.
     """
 
     steps: int
@@ -52,6 +53,7 @@ class TrainConfig:
     keep: int = 2
     seed: int = 0
     init_from: str = ""
+    init_import: str = ""
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
@@ -59,6 +61,11 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.init_from:
             local_path("train.init_from", self.init_from)
+        if self.init_import and not (self.init_from and all(self.init_import.partition(":"))):
+            raise ValueError(
+                f"train.init_import: got {self.init_import!r} with init_from {self.init_from!r}, wanted 'KIND:SRC', "
+                "and init_from as the place for it"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):

@@ -53,7 +53,7 @@ def make(folder, kind="dora", **changes):
 
 def begin(made):
     """(fresh state, the base)."""
-    source = experiment.init_source(made.config.train.init_from)
+    source = experiment.init_source(made.config.train)
     loaded = experiment.load_weights(made, source)
     return made.start_from(loaded.params), loaded.params["backbone"]
 

@@ -127,9 +127,7 @@ def _parsed(line: bytes, key: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"data: got a line that is not JSON at {key} ({one_line(error)}): mend or delete it"
-        ) from error
+        raise ValueError(f"data: got no JSON at {key} ({one_line(error)}), wanted an object on every line") from error
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
