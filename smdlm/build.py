@@ -95,7 +95,8 @@ class Experiment:
         """Of the state. Raises ValueError if a large array would be whole on every chip."""
         abstract = jax.eval_shape(self._init, jax.random.key(0))
         shardings = state_shardings(self.mesh, abstract, self.abstract_params()[1])
-        assert_sharded(_with_shardings(abstract, shardings), self.mesh)
+        # Adapters have no axis that is long enough to be worth splitting; the base has.
+        assert_sharded(self.abstract_base()[0] if self.frozen else _with_shardings(abstract, shardings), self.mesh)
         return shardings
 
     def abstract_state(self) -> TrainState:

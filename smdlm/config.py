@@ -393,6 +393,8 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
         raise ValueError(
             f"train.init_from: got '' with adapter.kind {config.adapter.kind!r}, wanted the workdir of the frozen base"
         )
+    if getattr(config.model, "param_dtype", "") == "int8" and config.adapter.kind == "none":
+        raise ValueError("model.param_dtype: got 'int8' with adapter.kind 'none', wanted a frozen base, or float32")
     if config.adapter.kind == "softmask" and not config.softmask.p_sm:
         raise ValueError("softmask.p_sm: got 0 with adapter.kind 'softmask', wanted > 0: nothing else is trained")
     if config.data.batch_size % config.train.accumulate:

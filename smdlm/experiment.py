@@ -259,7 +259,7 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         step_fn=step if base is None else lambda state, batch: step(state, batch, base),
         batches=experiment.train_batches(data["next_index"]),
         put=experiment.put,
-        tokens_per_batch=config.data.batch_size * config.data.seq_len,
+        tokens_per_batch=round(config.data.batch_size * experiment.data.row_tokens),
         checkpointer=checkpointer,
         writer=writer,
         meta=lambda: {**meta, **start.facts, **described(experiment), "wall_s": seconds()},

@@ -167,6 +167,13 @@ def adapted(tmp_path_factory):
     return folder, made
 
 
+def test_an_import_makes_omega_up_and_says_so(folder):
+    """So that a run takes the start of its own config."""
+    params, meta = checkpointer_of(folder / "base").restore_params(None, "params")
+    assert len(params["softmask"]) == 3
+    assert sorted(meta["convert"]["new"]) == [f"softmask/{name}" for name in sorted(params["softmask"])]
+
+
 def test_what_a_run_starts_from_is_imported(adapted):
     folder, _ = adapted
     base, weights = loaded(folder / "base")
@@ -189,6 +196,14 @@ def test_an_adapted_network_goes_out_and_comes_back(adapted):
     assert np.array_equal(logits(model, params, 260), logits(trained, weights, 260))
     found = read_folder(folder / "out")[0]
     assert set(found) == {leaf.source for leaf in folders.decoder.table(model, 260)}
+
+
+def test_a_tokenizer_of_another_model_is_refused(adapted, tmp_path):
+    folder, made = adapted
+    data = folders.dataclasses.replace(made.config.data, tokenizer="bytes")
+    other = build(folders.dataclasses.replace(made.config, data=data), tmp_path)
+    with pytest.raises(ValueError, match="got model.vocab_size 260, mask_id 259.*, wanted .* 258, mask_id 257"):
+        experiment.load_weights(other, checkpointer_of(folder / "run"))
 
 
 def test_an_import_that_can_not_be(tmp_path):

@@ -102,6 +102,13 @@ def test_the_start_is_the_base(folder, trained):
     assert_close(made.denoiser(made.denoiser.whole(state.params, base), canvas), wanted, 1e-5, 1e-5)
 
 
+def test_the_abstract_whole_is_what_is_sampled_from(trained):
+    made, state, _, base = trained
+    whole = made.denoiser.whole(state.params, base)
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), whole)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made.abstract_whole()) == wanted
+
+
 def test_micro_batches_change_nothing(folder, trained):
     state, losses, _ = updates(make(folder, train__accumulate=2), 2)
     assert losses == pytest.approx(trained[2][:2], rel=1e-5)

@@ -134,6 +134,7 @@ def test_a_batch_is_of_one_bucket(folder):
             longest = (batch["tokens"] != data.tokenizer.eos_id).sum(1).max()
             assert longest <= batch["tokens"].shape[1] and batch["valid"].all()
     assert not np.array_equal(epochs[0][0]["tokens"], epochs[1][0]["tokens"])
+    assert data.row_tokens == pytest.approx((8 * 40 + 7 * 56 + 7 * 128) / 22)
     resumed = data.train_batches(batch_size=4, seed=0, start=7, rows=np.array([1, 3]))
     assert_close(next(resumed), {name: value[[1, 3]] for name, value in epochs[1][1].items()})
     other = data.train_batches(batch_size=4, seed=1, start=0, rows=np.arange(4))
@@ -340,3 +341,11 @@ def test_fields_change_the_step(folder, tokenizer, name):
         return str(jax.make_jaxpr(made.train_step())(made.abstract_state(), batch))
 
     assert program(**{name: REACH[name]}) != program()
+
+
+@pytest.mark.parametrize("changes", [{}, {"data__supervise_pads": False}])
+def test_the_abstract_batch_is_that_of_the_longest_bucket(folder, tokenizer, changes):
+    write_lines(folder / "run.jsonl", answers(24, lengths=(30,)))
+    made = build(read(chat_config(folder, **changes)), folder)
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), made.put(next(made.train_batches(0))))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made.abstract_batch()) == wanted

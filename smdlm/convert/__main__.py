@@ -156,7 +156,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--vocab_multiple", type=int, help="padding of the vocabulary (default 128)")
             sub.add_argument("--softmask", choices=folders.OPERATORS, help="operator (default topk; none if causal)")
             sub.add_argument(
-                "--dtype", choices=("float32", "bfloat16"), help="of a decoder's weights (default: its own)"
+                "--dtype",
+                choices=("float32", "bfloat16", "int8"),
+                help="of a decoder's weights (default: its own); int8 for a frozen base",
             )
             sub.add_argument("--base", help="workdir beside which an adapter stands")
             sub.add_argument("--config", help="config file whose sizes and operator the weights must fit")

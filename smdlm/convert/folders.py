@@ -94,7 +94,8 @@ def import_weights(
             found = find(kind, src, *read_folder(src), dtype)
         operator = OPERATORS[softmask or ("none" if found.model.causal else "topk")]
         params = {"backbone": found.tree, "softmask": operator.init() if operator else {}}
-        save(checkpointer, params, params, found.meta)
+        new = [f"softmask/{name}" for name in params["softmask"]]
+        save(checkpointer, params, params, {**found.meta, "convert": {**found.meta["convert"], "new": new}})
     for name, content in tokenizer.items():
         files.write_json(workdir / "tokenizer" / name, content)
     also = [f"wrote {workdir / 'tokenizer'}: data.tokenizer=hf:{workdir / 'tokenizer'}"] if tokenizer else []
@@ -117,7 +118,7 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
     own_fields = {"param_dtype": dtype, "table_rows": 0 if appended else rows} if kind == "decoder" else {}
     model = dataclasses.replace(released, vocab_size=ids, **own_fields)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    tree = to_tree(own, table, shapes, np.dtype(jnp.dtype(dtype)), mask_row=appended)
+    tree = to_tree(own, table, shapes, mask_row=appended)
     texts = {name: (path / name).read_text("utf-8") for name in COPIED if (path / name).is_file()}
     stored = {name: [tensor.dtype.name, tensor.file] for name, tensor in tensors.items()}
     meta = {
@@ -177,6 +178,8 @@ def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Map
     if set(fields) - known or "vocab_size" not in fields:
         raise FileError(f"got a checkpoint of another model, wanted one of kind {kind}: change KIND")
     model = family.model(**fields)
+    if getattr(model, "param_dtype", "") == "int8":
+        raise FileError("got weights rounded to int8, wanted float32 or bfloat16: export what they were imported from")
     # A language model has no use of a mask that was appended.
     rows = convert.get("rows", model.vocab_size)
     rows = rows if model.causal or model.vocab_size <= rows else model.vocab_size

@@ -10,14 +10,13 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 from absl import logging
 
-from smdlm.data.chat import ChatTemplate, render
 from smdlm.data.config import DataConfig, spec_of
 from smdlm.data.packing import block_dtype
 from smdlm.data.readers import key_bytes, printable
@@ -64,6 +63,12 @@ class ChatData:
     val: Rows
     tokenizer: Tokenizer
     content_hash: str
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a training row with its padding, on average."""
+        lengths = np.array(self.config.source.lengths(self.config.seq_len))
+        return float(lengths[np.searchsorted(lengths, self.train.sizes)].mean())
 
     def train_batches(self, *, batch_size: int, seed: int, start: int, rows: np.ndarray) -> Iterator[Batch]:
         """Batches without an end from number `start` on, of each the given rows; n depends on (seed, n) alone."""
@@ -134,8 +139,10 @@ def load(config: DataConfig) -> ChatData:
     Raises:
       ValueError: one line; no file, a damaged one, no chat template, no conversation left to train or to validate on.
     """
+    from smdlm.data import chat  # its Jinja is needed where conversations are read, and nowhere else
+
     tokenizer = make_tokenizer(config.tokenizer)
-    reader = _Reader(ChatTemplate.of(tokenizer), config)
+    reader = _Reader(functools.partial(chat.render, chat.ChatTemplate.of(tokenizer)), config)
     digest, rows = hashlib.sha256(), {"train": [], "val": []}
     for split, document in with_splits(config):
         row = reader.row(document)
@@ -161,8 +168,9 @@ def _joined(rows: list[tuple[np.ndarray, int]], tokenizer: Tokenizer) -> Rows:
 class _Reader:
     """Documents -> (ids, tokens of the prompt), with an account of what was left out."""
 
-    def __init__(self, template: ChatTemplate, config: DataConfig):
-        self._template, self._config = template, config
+    def __init__(self, render: Callable[..., np.ndarray], config: DataConfig):
+        """render: `chat.render` with its template."""
+        self._render, self._config = render, config
         self._left_out: collections.Counter[str] = collections.Counter()
         self._first: dict[str, str] = {}
 
@@ -185,7 +193,7 @@ class _Reader:
         except NoText as error:
             return self._leave_out("no response to learn", str(error))
         try:
-            prompt, ids = render(self._template, turns[:-1], answer=True), render(self._template, turns)
+            prompt, ids = self._render(turns[:-1], answer=True), self._render(turns)
         except ValueError as error:
             return self._leave_out("the template does not take them", f"{error} at {key}")
         if not np.array_equal(ids[: len(prompt)], prompt):

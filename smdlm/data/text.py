@@ -41,6 +41,11 @@ class TextData:
     tokenizer: Tokenizer
     content_hash: str
 
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a training block."""
+        return len(self.train[0])
+
     def train_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
         """`batches` without an end."""
         return batches(self.train, **options)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -91,7 +91,7 @@ class LoRA(Frozen):
         kernels = traverse_util.flatten_dict(base, sep="/")
         out = dict(traverse_util.flatten_dict(adapters, sep="/"))
         for path, axes in self.adapted().items():
-            squares = jnp.square(kernels[path].astype(jnp.float32)).sum(axes.inputs)
+            squares = jnp.square(_kernel(kernels, path, axes)).sum(axes.inputs)
             out[f"{path.removesuffix(KERNEL)}/magnitude"] = jnp.sqrt(squares)
         return traverse_util.unflatten_dict(out, sep="/")
 
@@ -120,8 +120,13 @@ class LoRA(Frozen):
         return {path: _norm(self._sum(kernels, flat, path), axes) for path, axes in self.adapted().items()}
 
     def merge(self, base: Params, adapters: Params) -> Params:
-        """The base with the adapters in its kernels, in the types of the base: parameters of `self.base`."""
+        """The base with the adapters in its kernels, in the types of the base: parameters of `self.base`.
+
+        ValueError for a base in int8, whose steps are wider than what adapters change.
+        """
         out, flat = dict(traverse_util.flatten_dict(base, sep="/")), traverse_util.flatten_dict(adapters, sep="/")
+        if any(out[path].dtype == jnp.int8 for path in self.adapted()):
+            raise ValueError("merge: got a base in int8, wanted bfloat16 or float32: keep the adapters beside it")
         for path, axes in self.adapted().items():
             total = self._sum(out, flat, path)
             if self.dora:
@@ -145,7 +150,7 @@ class LoRA(Frozen):
 
     def _sum(self, kernels: dict[str, jax.Array], flat: dict[str, jax.Array], path: str) -> jax.Array:
         """W + s A B in f32."""
-        return kernels[path].astype(jnp.float32) + self._product(flat, path)
+        return _kernel(kernels, path, self.adapted()[path]) + self._product(flat, path)
 
     def _product(self, flat: dict[str, jax.Array], path: str) -> jax.Array:
         """s A B in the shape of the kernel: [layers, *inputs, *outputs]."""
@@ -174,6 +179,12 @@ ADAPTERS: dict[str, Callable[..., Frozen]] = {
     "lora": functools.partial(LoRA, dora=False),
     "dora": functools.partial(LoRA, dora=True),
 }
+
+
+def _kernel(kernels: Mapping[str, jax.Array], path: str, axes: MatrixAxes) -> jax.Array:
+    """A kernel of the base in f32, also one that is stored in int8 with a scale of each output."""
+    kernel, scale = kernels[path].astype(jnp.float32), kernels.get(f"{path.removesuffix(KERNEL)}/scale")
+    return kernel if scale is None else kernel * jnp.expand_dims(scale, axes.inputs)
 
 
 def _norm(kernel: jax.Array, axes: MatrixAxes) -> jax.Array:

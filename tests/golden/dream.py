@@ -63,6 +63,6 @@ def load_dream(name: str = "hf") -> Released:
     table = decoder.table(model, model.rows)
     streams.check(name, tensors, table)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    tree = streams.to_tree(tensors, table, shapes, np.dtype(np.float32))
+    tree = streams.to_tree(tensors, table, shapes)
     leaf = lambda x: jnp.asarray(x.whole())
     return Released(model, jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, streams.Streamed)), config)
