@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from smdlm.data.config import KINDS, DataConfig
+from smdlm.data.conversations import Chat
 from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
 from smdlm.evaluate import EVALUATORS, SAMPLE_METRICS
@@ -24,7 +25,8 @@ from smdlm.feedback.mixers import MIXERS, Mixer
 from smdlm.feedback.operators import OPERATORS
 from smdlm.io.viewer import check_path
 from smdlm.mesh.rules import MeshConfig
-from smdlm.models import MODELS, Model
+from smdlm.models import ADAPTERS, MODELS, Model
+from smdlm.models.base import Frozen
 from smdlm.ops.filters import Filters
 from smdlm.optimizer import OptimizerConfig
 from smdlm.readout import Readout
@@ -148,8 +150,44 @@ class _ModelConfig:
     name: Model
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """config.adapter: what is trained beside a frozen base, which is the weights of train.init_from.
+
+    Attributes:
+      kind: 'none' trains the whole model, 'lora' and 'dora' adapters of `targets`, 'softmask' omega alone.
+      targets: modules, by the last part of their path, joined by commas.
+      rank, alpha: as in `LoRA`.
+    """
+
+    kind: str = "none"
+    targets: str = "q,k,v,attention_out"
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        if self.kind not in (known := ("none", *ADAPTERS, "softmask")):
+            raise ValueError(f"adapter.kind: got {self.kind!r}, wanted one of {', '.join(map(repr, known))}")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: equal for the same function of the same parameters."""
+        if self.kind not in ADAPTERS:
+            return {"kind": self.kind}
+        return {**dataclasses.asdict(self), "targets": sorted(self.targets.split(","))}
+
+    def around(self, model: Model) -> Model:
+        """The model with what is trained beside it. ValueError, one line: modules that it lacks, an impossible rank."""
+        if self.kind == "none":
+            return model
+        if self.kind == "softmask":
+            return Frozen(model)
+        return ADAPTERS[self.kind](model, tuple(self.targets.split(",")), self.rank, self.alpha)
+
+
 SECTIONS: dict[str, type] = {
     "model": _ModelConfig,
+    "adapter": AdapterConfig,
     "data": DataConfig,
     "noise": LogLinear,
     "times": TimeSampler,
@@ -205,6 +243,7 @@ class Config:
 
     model: Model
     vocab_size: int | None
+    adapter: AdapterConfig
     data: DataConfig
     noise: LogLinear
     times: TimeSampler
@@ -221,6 +260,16 @@ class Config:
     def updates(self) -> int:
         """Optimizer updates of the whole run."""
         return self.train.updates(self.softmask.p_sm)
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is fine-tuned on the responses of conversations."""
+        return isinstance(self.data.source, Chat)
+
+    @property
+    def parts(self) -> int:
+        """Of a batch of conversations whose losses are means of their own and are added up."""
+        return self.train.accumulate if self.train.accumulation == "sum" else 1
 
 
 def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ()) -> Config:
@@ -373,6 +422,19 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
                     f"sampling.{field}: got {got!r} for the causal (AR) model, wanted {defaults[field]!r}: it has no "
                     "such thing"
                 )
+    if config.train.accumulation == "sum" and not config.chat:
+        raise ValueError("train.accumulation: got 'sum' for a text, wanted 'mean', or data.source 'chat:..'")
+    if config.chat and config.model.causal:
+        raise ValueError("data.source: got conversations for a causal (AR) model, wanted model.causal False")
+    config.adapter.around(config.model)
+    if config.adapter.kind != "none" and not config.train.init_from:
+        raise ValueError(
+            f"train.init_from: got '' with adapter.kind {config.adapter.kind!r}, wanted the workdir of the frozen base"
+        )
+    if getattr(config.model, "param_dtype", "") == "int8" and config.adapter.kind == "none":
+        raise ValueError("model.param_dtype: got 'int8' with adapter.kind 'none', wanted a frozen base, or float32")
+    if config.adapter.kind == "softmask" and not config.softmask.p_sm:
+        raise ValueError("softmask.p_sm: got 0 with adapter.kind 'softmask', wanted > 0: nothing else is trained")
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(
             f"train.accumulate: got {config.train.accumulate} for data.batch_size {config.data.batch_size}, wanted a "

@@ -43,6 +43,12 @@ class Denoiser:
         operators = self.softmask.matrices() if self.softmask else {}
         return {**self.model.matrices(), **{f"softmask/{name}": axes for name, axes in operators.items()}}
 
+    def whole(self, params: Any, base: Any) -> Any:
+        """What all other methods take, of what is trained (`init`) and the frozen base, None where everything is."""
+        if base is None:
+            return params
+        return {**params, "backbone": self.model.join(base, params["backbone"])}
+
     def __call__(
         self, params: Any, tokens: jax.Array, feedback: Feedback | None = None, **options: Any
     ) -> jax.Array | tuple[jax.Array, KVCache]:

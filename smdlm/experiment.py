@@ -21,6 +21,7 @@ from absl import logging
 from smdlm import command
 from smdlm.build import Experiment
 from smdlm.config import SamplingConfig
+from smdlm.convert.folders import import_weights
 from smdlm.data.kept import save_tokenizer
 from smdlm.data.sources import Lab
 from smdlm.evaluate import SAMPLE_METRICS
@@ -28,20 +29,20 @@ from smdlm.evaluate.base import Subject, Value, weights
 from smdlm.evaluate.samples import Samples
 from smdlm.evaluate.text import words
 from smdlm.files import local_path
-from smdlm.identity import diverged
+from smdlm.identity import check_same_base, diverged, weights_hash
 from smdlm.io import viewer
 from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.io.writer import Writer
 from smdlm.mesh.arrays import fetch
 from smdlm.mesh.rules import replicated
-from smdlm.optimizer import TrainState, init_state
+from smdlm.optimizer import TrainState
 from smdlm.sampling.blocks import BlockDecoder
 from smdlm.sampling.generate import Generated, Generator
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import POLICIES, Entropy, Margin, MaxProbability, Policy
 from smdlm.sampling.trace import Trace, record
 from smdlm.sampling.transfer import Transfer
-from smdlm.train import Training, check_saved, run
+from smdlm.train import TrainConfig, Training, check_saved, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +242,16 @@ def restore(experiment: Experiment, checkpointer: Checkpointer, omega: str) -> t
     ema, meta = checkpointer.restore_params(abstract, "ema")
     check_vocabulary(experiment, meta)
     params = checkpointer.restore_params(abstract, "params", meta["step"])[0] if omega == "live" else None
-    return weights(ema, params, omega), meta["step"]
+    base = None
+    if experiment.frozen:
+        base, facts = frozen_base(experiment, load_weights(experiment, init_source(experiment.config.train)))
+        check_same_base(meta.get("base"), facts)
+    return experiment.denoiser.whole(weights(ema, params, omega), base), meta["step"]
+
+
+def described(experiment: Experiment) -> dict[str, Any]:
+    """What a checkpoint keeps of the network, for conversions."""
+    return {"model": dataclasses.asdict(experiment.network), "mask_id": experiment.denoiser.mask_id}
 
 
 def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
@@ -259,13 +269,23 @@ def check_vocabulary(experiment: Experiment, meta: Mapping[str, Any]) -> None:
         )
 
 
-def init_source(workdir: str) -> Checkpointer:
-    """The checkpoints that train.init_from names. FileNotFoundError where there are none."""
-    source = checkpointer_of(local_path("train.init_from", workdir))
+def init_source(config: TrainConfig) -> Checkpointer:
+    """The checkpoints that train.init_from names, made by train.init_import where there are none.
+
+    Raises:
+      FileNotFoundError: there are none. ValueError: what they would be made of does not fit.
+    """
+    workdir = local_path("train.init_from", config.init_from)
+    source = checkpointer_of(workdir)
+    if source.latest_step() is None and config.init_import and jax.process_count() == 1:
+        kind, _, path = config.init_import.partition(":")
+        print(f"importing {path} into {workdir}", flush=True)
+        for line in import_weights(kind, local_path("train.init_import", path), workdir):
+            print(line, flush=True)
     if source.latest_step() is None:
         raise FileNotFoundError(
             f"train.init_from: got no checkpoint in {source.directory}, wanted a workdir that holds one: train it, or "
-            f"python -m smdlm.convert import mdlm FILE {workdir}"
+            f"python -m smdlm.convert import mdlm FILE {config.init_from}"
         )
     return source
 
@@ -273,14 +293,31 @@ def init_source(workdir: str) -> Checkpointer:
 def continue_from(experiment: Experiment, source: Checkpointer) -> tuple[TrainState, str]:
     """(fresh state with the raw weights of another run, a line that says what was loaded and where omega is from).
 
+    The EMA starts at the loaded weights: the reference builds its EMA before it loads them, from a random start, which
+    the warm-up forgets within a few dozen updates (weight 10! / n^9). Raises as `load_weights` does.
+    """
+    loaded = load_weights(experiment, source)
+    return experiment.start_from(loaded.params), loaded.line
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The raw weights of another run, {'backbone', 'softmask'} on the mesh, and a line on what they are."""
+
+    params: Any
+    line: str
+
+
+def load_weights(experiment: Experiment, source: Checkpointer) -> Loaded:
+    """The newest raw weights of another run: the network's own, and an omega that this model has a place for.
+
     omega is newly initialised if the checkpoint has none of its own (it is binary, or a conversion made one up), and
-    left out if this model has none. The EMA starts at the loaded weights: the reference builds its EMA before it loads
-    them, from a random start, which the warm-up forgets within a few dozen updates (weight 10! / n^9).
+    left out if this model has none.
 
     Raises:
       CheckpointMismatch: other sizes, every differing leaf listed. ValueError: another vocabulary.
     """
-    abstract, _ = experiment.abstract_params()
+    abstract = {"backbone": experiment.abstract_base()[0], "softmask": experiment.abstract_params()[0]["softmask"]}
     saved, meta = source.shapes("params")
     made_up = meta.get("convert", {}).get("new", [])
     omega = saved.get("softmask", {})
@@ -299,8 +336,16 @@ def continue_from(experiment: Experiment, source: Checkpointer) -> tuple[TrainSt
         params["softmask"] = nn.meta.unbox(experiment.denoiser.init_omega(key))
     names = ", ".join(f"softmask/{name}" for name in sorted(params["softmask"]))
     origin = f"{'from the checkpoint' if keep else 'newly initialised'}: {names}" if names else "none"
-    fresh = jax.jit(lambda p: init_state(p, experiment.optimizer), out_shardings=experiment.shardings())
-    return fresh(params), f"starting from step {meta['step']} of {source.directory}, raw weights; omega {origin}"
+    what = "beside the frozen" if experiment.frozen else "from"
+    return Loaded(params, f"starting {what} step {meta['step']} of {source.directory}, raw weights; omega {origin}")
+
+
+def frozen_base(experiment: Experiment, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
+    """(weights of the frozen network, what a checkpoint keeps of them)."""
+    base = loaded.params["backbone"]
+    config = experiment.config
+    facts = {"workdir": config.train.init_from, "hash": weights_hash(base), "adapter": config.adapter.described}
+    return base, facts
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -315,7 +360,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     prompt_ids(experiment)  # a mistake at the end of hours would be found now
     if config.sampling.viewer:
         command.check_folder("sampling.viewer", local_path("sampling.viewer", config.sampling.viewer).parent)
-    state, data, before = _start(experiment, checkpointer)
+    start = _start(experiment, checkpointer)
+    state, base, data = start.state, start.base, start.data
     chief = jax.process_index() == 0
     if chief:  # that of a shorter run: a summary stands for a finished run, also to the scripts of launch/
         (workdir / "summary.json").unlink(missing_ok=True)
@@ -323,27 +369,31 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     writer = Writer(workdir, total_steps=config.updates, enabled=chief, start_step=data["next_index"])
 
     def seconds() -> float:
-        return before + time.time() - begin
+        return start.seconds + time.time() - begin
+
+    def whole(state: TrainState, omega: str) -> Any:
+        return experiment.denoiser.whole(weights(state.ema, state.params, omega), base)
 
     def evaluate_state(state: TrainState) -> dict[str, Value]:
-        return evaluate(experiment, weights(state.ema, state.params, config.eval.omega))
+        return evaluate(experiment, whole(state, config.eval.omega))
 
+    step = experiment.train_step()
     training = Training(
         config=config.train,
         steps=config.updates,
-        step_fn=experiment.train_step(),
+        step_fn=step if base is None else lambda state, batch: step(state, batch, base),
         batches=experiment.train_batches(data["next_index"]),
         put=experiment.put,
-        tokens_per_batch=config.data.batch_size * config.data.seq_len,
+        tokens_per_batch=round(config.data.batch_size * experiment.data.row_tokens),
         checkpointer=checkpointer,
         writer=writer,
-        meta=lambda: {**meta, "model": dataclasses.asdict(experiment.denoiser.model), "wall_s": seconds()},
+        meta=lambda: {**meta, **start.facts, **described(experiment), "wall_s": seconds()},
         evaluate=evaluate_state,
     )
     with diverged(workdir):
         state, tokens_per_s = run(state, training, data.get("pending", []))
     check_saved(checkpointer, config.updates)
-    params = weights(state.ema, state.params, config.sampling.omega)
+    params = whole(state, config.sampling.omega)
     sampled = sample(experiment, params)
     values = {**evaluate_state(state), **sample_values(experiment, sampled)}
     writer.values(config.updates, values)
@@ -370,20 +420,40 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     return summary
 
 
-def _start(experiment: Experiment, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any], float]:
-    """(state, what the checkpoint says of the data, seconds spent before): resumed, continued from another, or new."""
-    if checkpointer.latest_step() is not None:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where training begins.
+
+    Attributes:
+      base: weights of a frozen network, else None. facts: of it, for the meta of checkpoints.
+      data: what the checkpoint says of the data. seconds: spent before.
+    """
+
+    state: TrainState
+    base: Any
+    facts: dict[str, Any]
+    data: dict[str, Any]
+    seconds: float = 0.0
+
+
+def _start(experiment: Experiment, checkpointer: Checkpointer) -> _Start:
+    """Resumed, continued from the weights of another run (or beside them), or new."""
+    fresh, base, facts, source = checkpointer.latest_step() is None, None, {}, experiment.config.train.init_from
+    if source and (fresh or experiment.frozen):
+        loaded = load_weights(experiment, init_source(experiment.config.train))
+        if jax.process_index() == 0:
+            print(loaded.line)
+        if experiment.frozen:
+            base, facts["base"] = frozen_base(experiment, loaded)
+    if not fresh:
         state, data, meta = checkpointer.restore(experiment.abstract_state())
         check_vocabulary(experiment, meta)
+        if experiment.frozen:
+            check_same_base(meta.get("base"), facts["base"])
         logging.info("continuing at step %d", data["next_index"])
-        return state, data, meta.get("wall_s", 0.0)
-    data = {"next_index": 0}
-    if experiment.config.train.init_from:
-        state, line = continue_from(experiment, init_source(experiment.config.train.init_from))
-        if jax.process_index() == 0:
-            print(line)
-        return state, data, 0.0
-    return experiment.init_state(), data, 0.0
+        return _Start(state, base, facts, data, meta.get("wall_s", 0.0))
+    state = experiment.start_from(loaded.params) if source else experiment.init_state()
+    return _Start(state, base, facts, {"next_index": 0})
 
 
 def finished(workdir: Path, checkpointer: Checkpointer, steps: int) -> dict[str, Any] | None:

@@ -79,6 +79,11 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
         raise ValueError(f"{what}: got {text} ({error}), wanted a path") from None
 
 
+def workdir_of(path: Path) -> Path:
+    """A workdir, which may be named by its folder `checkpoints`."""
+    return path.parent if path.name == "checkpoints" else path
+
+
 def plain_output() -> None:
     """Lets an ASCII or Latin-1 terminal show what it has no character for, instead of ending a run by an error.
 

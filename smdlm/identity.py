@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from smdlm.config import Config, read
 from smdlm.io.checkpoint import Checkpointer
@@ -17,6 +20,7 @@ from smdlm.train import NonFinite
 # Sections and fields that do not change what the weights become.
 FREE_SECTIONS = {"sampling", "eval", "mesh"}
 FREE_FIELDS = {f"train.{name}" for name in ("steps", "log_every", "save_every", "eval_every", "keep", "accumulate")}
+FREE_FIELDS |= {"train.init_import"}  # its weights are those of init_from
 DIVERGED = "diverged"  # a file in the workdir: training ended with NaN or inf, and waits for another optimizer
 
 
@@ -50,6 +54,43 @@ def check_same_data(workdir: Path, checkpointer: Checkpointer, content_hash: str
             f"{workdir}: got a run with other content behind the same data.source ({saved[:12]}, now "
             f"{content_hash[:12]}), wanted the same documents: name another --workdir, or --overwrite"
         )
+
+
+@jax.jit
+def _mixed(leaf: jax.Array) -> jax.Array:
+    """[2] u32 of one array: sums, modulo 2^32, of its bits times odd numbers that depend on the place."""
+    words = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+    places, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        places += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    words = words.astype(jnp.uint32) + np.uint32(1)
+    factors = (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B))
+    return jnp.stack([jnp.sum(words * ((places * f) ^ (places >> 15) | 1), dtype=jnp.uint32) for f in factors])
+
+
+def weights_hash(tree: Any) -> str:
+    """Hex SHA-256 of sums over the bits of every array, by path: the same on any mesh, at the speed of the memory.
+
+    For telling weights apart, not against somebody who forges them. All processes must call it.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {leaf.dtype.name}{list(leaf.shape)} {np.asarray(_mixed(leaf)).tolist()};".encode())
+    return digest.hexdigest()
+
+
+def check_same_base(saved: Mapping[str, Any] | None, base: Mapping[str, Any]) -> None:
+    """ValueError unless base and kind of adapter are those with which a checkpoint was trained; both as in its meta."""
+    if not saved or saved["hash"] != base["hash"]:
+        got = f"weights {saved['hash'][:12]} of {saved['workdir']}" if saved else "no frozen base"
+        raise ValueError(
+            f"train.init_from: got {base['workdir']} with weights {base['hash'][:12]} for a checkpoint trained beside "
+            f"{got}, wanted that base"
+        )
+    if saved["adapter"] != base["adapter"]:
+        raise ValueError(f"adapter: got {base['adapter']} for a checkpoint of {saved['adapter']}, wanted that")
 
 
 def differences(saved: Mapping[str, Any], config: Config, free: set[str] = frozenset()) -> list[str]:

@@ -70,7 +70,7 @@ def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: 
                 print(describe.ending(summary, workdir, config.model.causal), flush=True)
             return
     if config.train.init_from and (overwrite or checkpointer.latest_step() is None):
-        experiment.init_source(config.train.init_from)  # before the data is read
+        experiment.init_source(config.train)  # before the data is read, which may need its tokenizer
     with owned(workdir, "--workdir") if chief else contextlib.nullcontext():
         if overwrite and chief:
             shutil.rmtree(checkpointer.directory, ignore_errors=True)

@@ -76,13 +76,16 @@ class Objective(Protocol):
 def counted(batch: Batch) -> jax.Array:
     """1 for tokens that count, 0 for others: [B, L] f32.
 
-    batch['valid'] is [B] or [B, L] bool; batch['attend'] [B, L], if there, takes padding out of attention too.
+    batch['valid'] is [B] or [B, L] bool; batch['attend'] [B, L], if there, takes padding out of attention too, and
+    batch['frozen'] [B, L], if there, are tokens that are given (prompts).
     """
     valid = batch["valid"]
     if valid.ndim == 1:
         valid = valid[:, None]
-    valid = jnp.broadcast_to(valid, batch["tokens"].shape)
-    return (valid & batch.get("attend", True)).astype(jnp.float32)
+    valid = jnp.broadcast_to(valid, batch["tokens"].shape) & batch.get("attend", True)
+    if "frozen" in batch:
+        valid &= ~batch["frozen"]
+    return valid.astype(jnp.float32)
 
 
 def _token_weights(batch: Batch) -> jax.Array:
@@ -120,6 +123,11 @@ class SoftMaskedDiffusion:
     @property
     def p_step(self) -> float:
         return 1.0 if self.coin == "example" and self.p_sm > 0 else self.p_sm
+
+    @property
+    def bound(self) -> SoftMaskedDiffusion:
+        """The objective whose expectation is a bound of the likelihood: what evaluation takes."""
+        return self
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Example:
         key_t, key_mask = jax.random.split(key)
@@ -193,6 +201,39 @@ class SoftMaskedDiffusion:
         # 3. Pass two, with gradient, on the soft-masked input; the loss of the masked tokens.
         hidden = self.denoiser(params, example.canvas, feedback, mask=example.mask, dropout_key=key_two)
         return self.readout.nll(self.denoiser.head(params), hidden, example.targets, example.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseDiffusion(SoftMaskedDiffusion):
+    """Fine-tuning on responses, as Dream does it: another noise and another mean, the same two passes.
+
+    batch['frozen'] (prompts) is never masked, and every row has at least one mask. Masked tokens weigh 1/t, divided by
+    the number of masked tokens instead of that of all tokens.
+
+    Attributes:
+      parts: rows whose numbers leave the same remainder by `parts`, a micro-batch, are divided by their own masked
+        tokens, and the losses add up: the reference's accumulation. 1: by those of the whole batch.
+    """
+
+    parts: int = 1
+
+    @property
+    def bound(self) -> SoftMaskedDiffusion:
+        """With masks of every share, where training takes those of `times` alone."""
+        return SoftMaskedDiffusion(self.denoiser, self.readout, self.p_sm, self.schedule)
+
+    def _masked(self, batch: Batch, t: jax.Array, u: jax.Array) -> Example:
+        tokens, learned = batch["tokens"], counted(batch) > 0
+        # The reference's chance is 1 - alpha(t) and a floor.
+        chance = 1 - self.schedule.alpha(t) + self.schedule.eps
+        # The position that is masked first is masked in any case, so that every row teaches something.
+        first = jnp.argmin(jnp.where(learned, u, jnp.inf), axis=1)[:, None] == jnp.arange(tokens.shape[1])
+        masked = learned & ((u < chance[:, None]) | first)
+        counts = masked.sum(1).reshape(-1, self.parts).sum(0)
+        counts = jnp.tile(jnp.maximum(counts, 1), len(tokens) // self.parts)
+        weights = masked * (self.schedule.weight(t) / counts)[:, None]
+        canvas = jnp.where(masked, self.denoiser.mask_id, tokens)
+        return Example(canvas, tokens, weights, batch.get("attend"), batch.get("frozen"), t)
 
 
 @dataclasses.dataclass(frozen=True)

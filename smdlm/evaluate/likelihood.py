@@ -83,6 +83,8 @@ class Likelihood:
     def blockwise(self, subject: Subject) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """({estimate: nll [N], nats}, bytes [N], tokens [N]) of N validation blocks, f64."""
         objective = subject.objective
+        if isinstance(objective, SoftMaskedDiffusion):
+            objective = objective.bound
         estimators = _estimators(objective, self.chain)
         sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
         sizes, lengths = [], []
@@ -150,6 +152,8 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
     def body(feedback: Feedback, index: jax.Array) -> tuple[Feedback, jax.Array]:
         t = times.t_min + (times.t_max - times.t_min) * (chain - 1 - index + offset) / chain
         masked = threshold < (1 - objective.schedule.alpha(t))[:, None]
+        if "frozen" in batch:
+            masked &= ~batch["frozen"]
         canvas = jnp.where(masked, denoiser.mask_id, tokens)
         hidden = denoiser(params, canvas, feedback, mask=attend)
         weights = masked * counts * objective.schedule.weight(t)[:, None]

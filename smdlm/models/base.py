@@ -8,6 +8,7 @@ Shapes: B examples, L positions, M positions that can be attended to, D width, V
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -129,3 +130,78 @@ class Model(Protocol):
     def flops(self, length: int) -> float:
         """FLOPs of matrix products per token of one forward over `length` positions, without the head."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Model):
+    """A model of which nothing is trained, behind the same protocol: what else a run trains is the soft mask.
+
+    Its trained parameters are {}; those of the base are handed to `join`. What it is asked for is what its base is.
+    """
+
+    base: Model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.vocab_size
+
+    @property
+    def width(self) -> int:
+        return self.base.width
+
+    @property
+    def causal(self) -> bool:
+        return self.base.causal
+
+    @property
+    def tied(self) -> bool:
+        return self.base.tied
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    @property
+    def remat(self) -> str:
+        return self.base.remat
+
+    @property
+    def attention(self) -> str:
+        return self.base.attention
+
+    def init(self, key: jax.Array) -> Params:
+        return {}
+
+    def start(self, base: Params, adapters: Params) -> Params:
+        """Trained parameters as from `init` (unboxed), completed by what only the base knows."""
+        return adapters
+
+    def beside(self, base: Params, adapters: Params) -> Params:
+        """One tree of both, of arrays, shapes or shardings alike; the base's own where nothing is adapted."""
+        return base
+
+    def join(self, base: Params, adapters: Params) -> Params:
+        """What `apply`, `table` and `head` take. No gradient flows to the base."""
+        return jax.lax.stop_gradient(base)
+
+    def merge(self, base: Params, adapters: Params) -> Params:
+        """Parameters of `self.base` that are the same function, in the types of the base."""
+        return base
+
+    def apply(self, params: Params, x: jax.Array, **options: Any) -> Any:
+        return self.base.apply(params, x, **options)
+
+    def table(self, params: Params) -> jax.Array:
+        return self.base.table(params)
+
+    def head(self, params: Params) -> Head:
+        return self.base.head(params)
+
+    def cache(self, batch: int, length: int) -> KVCache:
+        return self.base.cache(batch, length)
+
+    def matrices(self) -> dict[str, MatrixAxes | None]:
+        return {}
+
+    def flops(self, length: int) -> float:
+        return self.base.flops(length)

@@ -48,7 +48,8 @@ class Decoder(Model):
       causal: a language model that predicts the next token.
       shift: a bidirectional model whose hidden state at i - 1 predicts token i (Dream); `apply` moves the states, so
         that outside it predicts in place. The first position of a call, and one behind padding, keeps its own.
-      param_dtype: of the parameters; 'bfloat16' for a frozen base.
+      param_dtype: of the parameters; 'bfloat16' for a frozen base, 'int8' for one whose matrices are rounded to 255
+        steps, each output by itself, and all else is in bfloat16.
       dtype, remat, attention: see `Model`.
     """
 
@@ -94,6 +95,11 @@ class Decoder(Model):
         return self.table_rows or -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def other_dtype(self) -> Any:
+        """Of the parameters that are no matrices of a layer."""
+        return jnp.dtype("bfloat16" if self.param_dtype == "int8" else self.param_dtype)
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
@@ -135,6 +141,8 @@ class Decoder(Model):
             **{f"{name}/kernel": MatrixAxes((1,), (2,)) for name in ("gate", "up", "down")},
             **dict.fromkeys(("norm1/scale", "norm2/scale")),
         }
+        if self.param_dtype == "int8":
+            block |= {name.replace("kernel", "scale"): None for name in block if name.endswith("kernel")}
         if self.qkv_bias:
             block |= dict.fromkeys(("q/bias", "k/bias", "v/bias"))
         other = ["embed", "norm/scale"] if self.tied else ["embed", "norm/scale", "head/kernel"]
@@ -168,10 +176,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, mask, start, cache):
-        cfg, dtype, stored = self.config, jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+        cfg, dtype, stored = self.config, jnp.dtype(self.config.dtype), self.config.other_dtype
 
         def linear(name: str, features: tuple[int, ...], *names: str, bias: bool = False, inputs: int = 1) -> Linear:
-            return Linear(features, names, dtype, bias=bias, inputs=inputs, init=_init, param_dtype=stored, name=name)
+            return Linear(
+                features, names, dtype, bias=bias, inputs=inputs, init=_init, param_dtype=cfg.param_dtype, name=name
+            )
 
         def heads(name: str, count: int, x: jax.Array) -> jax.Array:
             return linear(name, (count, cfg.head_width), "embed", "heads", "head", bias=cfg.qkv_bias)(x)
@@ -202,7 +212,7 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x, positions=None, mask=None, cache=None, start=0):
         """Arguments as in `Model.apply`; returns (hidden [B, L, D], the filled cache or None)."""
-        cfg, dtype, stored = self.config, jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+        cfg, dtype, stored = self.config, jnp.dtype(self.config.dtype), self.config.other_dtype
         # Declared here so that one tree holds the whole model; used through `Decoder.table` and `Decoder.head`.
         self.param("embed", logical(_init, "vocab", "embed"), (cfg.rows, cfg.width), stored)
         if not cfg.tied:
@@ -225,4 +235,4 @@ class HeadMatrix(nn.Module):
     @nn.compact
     def __call__(self) -> None:
         cfg = self.config
-        self.param("kernel", logical(_init, "embed", "vocab"), (cfg.width, cfg.rows), jnp.dtype(cfg.param_dtype))
+        self.param("kernel", logical(_init, "embed", "vocab"), (cfg.width, cfg.rows), cfg.other_dtype)

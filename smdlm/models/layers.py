@@ -21,7 +21,8 @@ REMATS, ATTENTIONS, DTYPES = ("none", "light", "block"), ("auto", "xla"), ("floa
 
 def check_choices(model: Any) -> None:
     """ValueError for a field of choices that models share; those that a model lacks are passed over."""
-    for name, known in {"dtype": DTYPES, "param_dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS}.items():
+    stored = (*DTYPES, "int8")
+    for name, known in {"dtype": DTYPES, "param_dtype": stored, "remat": REMATS, "attention": ATTENTIONS}.items():
         if hasattr(model, name) and getattr(model, name) not in known:
             wanted = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
             raise ValueError(f"model.{name}: got {getattr(model, name)!r}, wanted {wanted}")
@@ -155,7 +156,8 @@ class Linear(nn.Module):
       names: logical axes of the kernel; the bias takes those of the features.
       inputs: how many trailing axes of x are contracted.
       zero: zero at the start, else `init`, by default torch's.
-      param_dtype: of the stored kernel and bias.
+      param_dtype: of the stored kernel and bias; an int8 kernel has a parameter 'scale' [*features] beside it, f32, and
+        a bias in bfloat16.
     """
 
     features: tuple[int, ...]
@@ -170,20 +172,25 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-self.inputs :]
-        init = nn.initializers.zeros if self.zero else self.init or uniform_fan_in(int(np.prod(shape)))
+        quantised = jnp.dtype(self.param_dtype) == jnp.int8
+        init = nn.initializers.zeros if self.zero or quantised else self.init or uniform_fan_in(int(np.prod(shape)))
         kernel = self.param("kernel", logical(init, *self.names), (*shape, *self.features), self.param_dtype)
         # Cast before it is gathered: half of the bytes in half precision.
         split = self.names.index("embed") if "embed" in self.names else None
         kernel = traced.gather(kernel.astype(self.dtype), split)
         x = x.astype(self.dtype)
         out = cpu.tensordot(x, kernel, self.inputs)
+        # Vectors are not split over fsdp: gathering one costs more than it saves.
+        names = [None if name == "embed" else name for name in self.names[self.inputs :]]
+        if quantised:
+            scale = self.param("scale", logical(nn.initializers.ones, *names), self.features)
+            out, kernel = (out * scale).astype(self.dtype), kernel.astype(jnp.float32) * scale
         if self.has_variable("params", "adapter"):
             out = _adapted(out, x, kernel, self.get_variable("params", "adapter"), self.inputs)
         if self.bias:
-            # Vectors are not split over fsdp: gathering one costs more than it saves.
-            names = (None if name == "embed" else name for name in self.names[self.inputs :])
             init = nn.initializers.zeros if self.init else init
-            bias = self.param("bias", logical(init, *names), self.features, self.param_dtype)
+            stored = jnp.bfloat16 if quantised else self.param_dtype
+            bias = self.param("bias", logical(init, *names), self.features, stored)
             out = out + bias.astype(self.dtype)
         return out
 

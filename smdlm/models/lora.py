@@ -12,7 +12,8 @@ optimizer, EMA, donation and checkpoints. `join` makes of both what `apply`, `ta
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -20,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
+from smdlm.models.base import Frozen, MatrixAxes, Params
 from smdlm.models.layers import logical, uniform_fan_in
 
 KERNEL = "/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA(Model):
-    """A model whose matrices are our `Linear`, behind the same protocol.
+class LoRA(Frozen):
+    """A frozen model whose matrices are our `Linear`, with trained adapters.
 
     Attributes:
       base: the frozen model.
@@ -38,7 +39,6 @@ class LoRA(Model):
       dora: DoRA instead of LoRA.
     """
 
-    base: Model
     targets: tuple[str, ...] = ("q", "k", "v", "attention_out")
     rank: int = 16
     alpha: float = 16.0
@@ -52,36 +52,6 @@ class LoRA(Model):
             raise ValueError(
                 f"lora.targets: got {unknown if self.targets else 'none'}, wanted some of {', '.join(sorted(known))}"
             )
-
-    # What a model is asked for is what its base is.
-
-    @property
-    def vocab_size(self) -> int:
-        return self.base.vocab_size
-
-    @property
-    def width(self) -> int:
-        return self.base.width
-
-    @property
-    def causal(self) -> bool:
-        return self.base.causal
-
-    @property
-    def tied(self) -> bool:
-        return self.base.tied
-
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
-
-    @property
-    def remat(self) -> str:
-        return self.base.remat
-
-    @property
-    def attention(self) -> str:
-        return self.base.attention
 
     @property
     def scaling(self) -> float:
@@ -121,8 +91,16 @@ class LoRA(Model):
         kernels = traverse_util.flatten_dict(base, sep="/")
         out = dict(traverse_util.flatten_dict(adapters, sep="/"))
         for path, axes in self.adapted().items():
-            squares = jnp.square(kernels[path].astype(jnp.float32)).sum(axes.inputs)
+            squares = jnp.square(_kernel(kernels, path, axes)).sum(axes.inputs)
             out[f"{path.removesuffix(KERNEL)}/magnitude"] = jnp.sqrt(squares)
+        return traverse_util.unflatten_dict(out, sep="/")
+
+    def beside(self, base: Params, adapters: Params) -> Params:
+        """The adapters of a module under 'adapter' beside its kernel."""
+        out = dict(traverse_util.flatten_dict(base, sep="/"))
+        for path, value in traverse_util.flatten_dict(adapters, sep="/").items():
+            module, _, part = path.rpartition("/")
+            out[f"{module}/adapter/{part}"] = value
         return traverse_util.unflatten_dict(out, sep="/")
 
     def join(self, base: Params, adapters: Params) -> Params:
@@ -130,11 +108,9 @@ class LoRA(Model):
 
         No gradient flows to the base.
         """
-        out = dict(traverse_util.flatten_dict(jax.lax.stop_gradient(base), sep="/"))
-        for path, value in traverse_util.flatten_dict(adapters, sep="/").items():
-            module, _, part = path.rpartition("/")
-            out[f"{module}/adapter/{part}"] = value * self.scaling if part == "b" else value
-        return traverse_util.unflatten_dict(out, sep="/")
+        flat = traverse_util.flatten_dict(adapters, sep="/")
+        scaled = {path: value * self.scaling if path.endswith("/b") else value for path, value in flat.items()}
+        return self.beside(jax.lax.stop_gradient(base), traverse_util.unflatten_dict(scaled, sep="/"))
 
     # ---- merging ----
 
@@ -144,8 +120,13 @@ class LoRA(Model):
         return {path: _norm(self._sum(kernels, flat, path), axes) for path, axes in self.adapted().items()}
 
     def merge(self, base: Params, adapters: Params) -> Params:
-        """The base with the adapters in its kernels, in the types of the base: parameters of `self.base`."""
+        """The base with the adapters in its kernels, in the types of the base: parameters of `self.base`.
+
+        ValueError for a base in int8, whose steps are wider than what adapters change.
+        """
         out, flat = dict(traverse_util.flatten_dict(base, sep="/")), traverse_util.flatten_dict(adapters, sep="/")
+        if any(out[path].dtype == jnp.int8 for path in self.adapted()):
+            raise ValueError("merge: got a base in int8, wanted bfloat16 or float32: keep the adapters beside it")
         for path, axes in self.adapted().items():
             total = self._sum(out, flat, path)
             if self.dora:
@@ -169,7 +150,7 @@ class LoRA(Model):
 
     def _sum(self, kernels: dict[str, jax.Array], flat: dict[str, jax.Array], path: str) -> jax.Array:
         """W + s A B in f32."""
-        return kernels[path].astype(jnp.float32) + self._product(flat, path)
+        return _kernel(kernels, path, self.adapted()[path]) + self._product(flat, path)
 
     def _product(self, flat: dict[str, jax.Array], path: str) -> jax.Array:
         """s A B in the shape of the kernel: [layers, *inputs, *outputs]."""
@@ -179,19 +160,7 @@ class LoRA(Model):
         product = a.reshape(*stack, -1, self.rank) @ b.reshape(*stack, self.rank, -1)
         return self.scaling * product.reshape(*a.shape[:-1], *b.shape[stacked + 1 :])
 
-    # ---- the base's ----
-
-    def apply(self, params: Params, x: jax.Array, **options: Any) -> Any:
-        return self.base.apply(params, x, **options)
-
-    def table(self, params: Params) -> jax.Array:
-        return self.base.table(params)
-
-    def head(self, params: Params) -> Head:
-        return self.base.head(params)
-
-    def cache(self, batch: int, length: int) -> KVCache:
-        return self.base.cache(batch, length)
+    # ---- what an optimizer asks ----
 
     def matrices(self) -> dict[str, MatrixAxes | None]:
         """None of the adapters is orthogonalised: a product of low rank is no matrix of its own."""
@@ -203,6 +172,19 @@ class LoRA(Model):
         shapes = traverse_util.flatten_dict(nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0))), sep="/")
         low_rank = sum(leaf.size for path, leaf in shapes.items() if not path.endswith("magnitude"))
         return self.base.flops(length) + 2.0 * low_rank
+
+
+# config.adapter.kind: (base, targets, rank, alpha) -> the adapted model.
+ADAPTERS: dict[str, Callable[..., Frozen]] = {
+    "lora": functools.partial(LoRA, dora=False),
+    "dora": functools.partial(LoRA, dora=True),
+}
+
+
+def _kernel(kernels: Mapping[str, jax.Array], path: str, axes: MatrixAxes) -> jax.Array:
+    """A kernel of the base in f32, also one that is stored in int8 with a scale of each output."""
+    kernel, scale = kernels[path].astype(jnp.float32), kernels.get(f"{path.removesuffix(KERNEL)}/scale")
+    return kernel if scale is None else kernel * jnp.expand_dims(scale, axes.inputs)
 
 
 def _norm(kernel: jax.Array, axes: MatrixAxes) -> jax.Array:

@@ -76,6 +76,8 @@ def _train(cell: Cell, folder: Path) -> None:
     checkpointer = experiment.checkpointer_of(folder, keep=config.train.keep)
     identity.check_same_run(folder, checkpointer, config)
     if experiment.finished(folder, checkpointer, config.updates) is None:
+        if config.train.init_from:
+            experiment.init_source(config.train)
         made = build(config, folder)
         about = {"tokenizer": made.vocabulary.fingerprint, "content_hash": made.data.content_hash}
         with jax.set_mesh(made.mesh):

@@ -18,6 +18,7 @@ from smdlm.models.decoder import Decoder
 COVERED = (
     *("forward.npz", "sharded_bf16.npz"),
     *("generate.npz", "fastdllm.npz", "sample_tokens.npz", "transfer_schedules.npz"),
+    "sft.npz",
 )
 
 
@@ -63,6 +64,6 @@ def load_dream(name: str = "hf") -> Released:
     table = decoder.table(model, model.rows)
     streams.check(name, tensors, table)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    tree = streams.to_tree(tensors, table, shapes, np.dtype(np.float32))
+    tree = streams.to_tree(tensors, table, shapes)
     leaf = lambda x: jnp.asarray(x.whole())
     return Released(model, jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, streams.Streamed)), config)

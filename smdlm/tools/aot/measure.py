@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from smdlm.build import Experiment, assemble, check_batch
 from smdlm.config import Config
-from smdlm.data.tokenizer import vocabulary
+from smdlm.data.tokenizer import Vocabulary, vocabulary
 from smdlm.mesh.rules import batch_sharding, batch_shards, replicated
 from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.policies import linear_times
@@ -53,14 +53,10 @@ def compile_train(config: Config, topology: Topology, *, simple: bool = False) -
     check_batch(config, experiment.mesh)
     if simple:
         experiment = plain(experiment)
-    sharding = batch_sharding(experiment.mesh)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32, sharding=sharding),
-        "valid": jax.ShapeDtypeStruct((data.batch_size,), bool, sharding=sharding),
-    }
-    step, state = experiment.train_step(), experiment.abstract_state()
+    step, state, batch = experiment.train_step(), experiment.abstract_state(), experiment.abstract_batch()
+    base = (experiment.abstract_base()[0],) if experiment.frozen else ()
     with jax.set_mesh(experiment.mesh):
-        lowered = step.lower(state, batch)
+        lowered = step.lower(state, batch, *base)
     tokens = data.batch_size * data.seq_len
     # A backward pass costs two forwards; pass one has none.
     two_passes = experiment.objective.p_step > 0
@@ -88,7 +84,7 @@ def compile_sampler(config: Config, topology: Topology) -> Report:
 
     split = batch_sharding(mesh) if count % batch_shards(mesh) == 0 else replicated(mesh)
     canvas = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=split)
-    arguments = (sampler, experiment.abstract_params()[0], everywhere(lambda: jax.random.key(0)), canvas)
+    arguments = (sampler, experiment.abstract_whole(), everywhere(lambda: jax.random.key(0)), canvas)
     if isinstance(sampler, ARSampler):
         function, steps = ARSampler.__call__, length - 1
         tokens_read = count * steps
@@ -150,7 +146,15 @@ def _next_batch(fits: list[tuple[int, int]], high: int | None, limit: float) -> 
 def _experiment(config: Config, topology: Topology) -> Experiment:
     """Without data, on the topology's mesh."""
     mesh = config.mesh.make(topology.devices())
-    return assemble(config, vocabulary(config.data.tokenizer), mesh, None)
+    return assemble(config, _vocabulary(config), mesh, None)
+
+
+def _vocabulary(config: Config) -> Vocabulary:
+    """Sizes of the tokenizer; where its files are not here, those that the config states, the mask behind all ids."""
+    kind, _, folder = config.data.tokenizer.partition(":")
+    if kind == "hf" and config.vocab_size is not None and not Path(folder).exists():
+        return Vocabulary(config.vocab_size, config.vocab_size - 1, 0)
+    return vocabulary(config.data.tokenizer)
 
 
 def _compile(task: _Task, experiment: Experiment, topology: Topology) -> Report:
@@ -262,6 +266,6 @@ def _share(experiment: Experiment) -> float:
 
 def _forward_flops(experiment: Experiment, tokens: int) -> float:
     """Of matrix products: the model's, and those of the head for the tokens that are read out."""
-    head = jax.eval_shape(experiment.denoiser.head, experiment.abstract_params()[0])
+    head = jax.eval_shape(experiment.denoiser.head, experiment.abstract_whole())
     per_token = experiment.denoiser.model.flops(experiment.config.data.seq_len)
     return tokens * (per_token + _share(experiment) * 2 * head.matrix.size)

