@@ -97,7 +97,9 @@ class Readout:
         @jax.checkpoint
         def chunk(hidden_BxCxD: jax.Array) -> Any:
             logits = head.logits(hidden_BxCxD.reshape(-1, width))
-            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), vocab.statistics(logits, self.k))
+            values, ids = vocab.top_k(logits, self.k)
+            found = (ids, *vocab.statistics(logits, values))
+            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), found)
 
         statistics = jax.lax.map(chunk, jnp.swapaxes(hidden.reshape(batch, -1, size, width), 0, 1))
         whole = [jnp.swapaxes(x, 0, 1).reshape(batch, length, *x.shape[3:]) for x in statistics]

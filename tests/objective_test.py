@@ -296,7 +296,7 @@ def test_replaced_tokens_count_in_the_loss(denoiser):
     visible = ~masked & ~prompt
     assert not changed[prompt].any() and abs(changed[visible].mean() - 0.25 * (V - 2) / (V - 1)) < 0.05
     assert len(np.unique(np.asarray(example.canvas)[changed])) == V - 1
-    np.testing.assert_allclose(example.weights, before.weights + visible / batch["tokens"].size, rtol=1e-5)
+    np.testing.assert_allclose(example.weights, before.weights + visible / (~prompt).sum(), rtol=1e-5)
     np.testing.assert_array_equal(example.targets, batch["tokens"])
     numbered = {**batch, "number": jnp.arange(64)}
     one, two = (o.corrupt_by_number(KEY, numbered) for o in (objective, plain))
