@@ -369,18 +369,23 @@ def test_command(humaneval, tmp_path, capsys):
 
 
 def test_a_run_as_a_model():
-    class Model:
-        tokenizer = types.SimpleNamespace(encode=lambda text: text, decode=lambda ids: ids.replace("\ufdd0", ""))
+    asked = {}
 
-        def infill(self, text, *, blank, tokens, seed, **sampling):
-            assert sampling == {"steps": 4, "temperature": 0.1, "top_p": 0.9, "policy": "entropy"}
-            return [text.replace(blank, f" seed {seed} tokens {tokens}")]
+    def generate(records, **fields):
+        asked.update(records=records, fields=fields)
+        return types.SimpleNamespace(answers=[types.SimpleNamespace(text="x") for _ in records])
 
-    draw = Draw(16, 4, 7, (0, 3), 0.1, 0.9, "entropy", None)
-    texts = command.of_run(Model())([Prompt(None, "a"), Prompt("u", "b")], draw)
-    assert texts == [" seed 7 tokens 16", " seed 10 tokens 16"]
-    with pytest.raises(ValueError, match="blocks of 32"):
-        command.of_run(Model())([Prompt(None, "a")], Draw(16, 4, 7, (0,), 0.0, 1.0, "threshold", 32))
+    answer = command.of_run(types.SimpleNamespace(generate=generate))
+    draw = Draw(16, 4, 7, (0, 3), 0.1, 0.9, "entropy", 8)
+    assert answer([Prompt(None, "a"), Prompt("u", "b")], draw) == ["x", "x"]
+    assert asked["records"] == [
+        {"prompt": "a", "seed": 7},
+        {"messages": [{"role": "user", "content": "u"}], "prefix": "b", "seed": 10},
+    ]
+    assert asked["fields"] == {
+        **{"steps": 4, "temperature": 0.1, "top_p": 0.9, "policy": "entropy"},
+        **{"new_tokens": 16, "block": 8, "batch_size": 2},
+    }
 
 
 @pytest.mark.slow

@@ -153,10 +153,15 @@ def test_generation(harness):
 
 def test_greedy(harness, monkeypatch):
     asked = []
-    monkeypatch.setattr(lmeval, "continued", lambda *a, **k: asked.append(k["temperature"]) or " 3")
+
+    def written(contexts, tokens, cold, seeds):
+        asked.append((tokens, cold))
+        return [" 3"]
+
+    monkeypatch.setattr(harness, "_written", written)
     monkeypatch.setattr(harness, "greedy", True)
     assert [greedy for _, greedy in harness.loglikelihood(requests(*PAIRS[:2]))] == [True, False]
-    assert asked == [0.0, 0.0]
+    assert asked == [(2, True), (10, True)]
 
 
 def test_an_autoregressive_model_is_exact(workdir, monkeypatch):

@@ -25,6 +25,7 @@ from smdlm.evaluate.text import sample_entropy
 from smdlm.readout import Readout
 
 READOUT = Readout()
+ROUND = 32  # tokens; what is scored is padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,7 +160,8 @@ class GenerativePerplexity:
     def run(self, samples: Samples) -> dict[str, Value]:
         """generative_perplexity and sample_entropy, one row. ValueError for a NaN score."""
         tokens = [self._framed(row) for row in self.scorer.tokens(samples)]
-        width = min(self._window, max(map(len, tokens)))
+        longest = -(-max(map(len, tokens)) // ROUND) * ROUND  # one program for samples of about one length
+        width = min(self._window, longest)
         compute = lambda numbers: self._score([tokens[i] for i in numbers], numbers[0], width)
         nll_N, count_N = in_batches(samples, facts(self), self.batch_size, compute).T
         if not count_N.any():

@@ -25,28 +25,23 @@ from smdlm.files import local_path, owned
 from smdlm.library import Trained
 
 
-def continued(model: Trained, prompt: str, tokens: int, seed: int, **sampling: object) -> str:
-    """What a model writes behind a prompt, which may be empty: `tokens` tokens, all at once."""
-    blank = "\ufdd0"  # no character: stands in no prompt
-    whole = model.infill(prompt + blank, blank=blank, tokens=tokens, seed=seed, **sampling)[0]
-    return whole[len(model.tokenizer.decode(model.tokenizer.encode(prompt))) :]
-
-
 def of_run(model: Trained) -> Generate:
-    """A run's model as a function from prompts to texts, a canvas at a time."""
+    """A run's model as a function from prompts to texts; a chat is rendered by its tokenizer's own template."""
 
     def generate(prompts: Sequence[Prompt], draw: Draw) -> list[str]:
-        if draw.block is not None:
-            raise ValueError(
-                f"--protocol: got blocks of {draw.block} tokens, wanted a protocol without: ibm, dream_coder"
-            )
-        sampling = {"steps": draw.steps, "temperature": draw.temperature, "top_p": draw.top_p, "policy": draw.policy}
-        return [
-            continued(model, prompt.text, draw.tokens, draw.seed + number, **sampling)
-            for prompt, number in zip(prompts, draw.numbers, strict=True)
-        ]
+        records = [_record(prompt, draw.seed + number) for prompt, number in zip(prompts, draw.numbers, strict=True)]
+        fields = {"steps": draw.steps, "temperature": draw.temperature, "top_p": draw.top_p, "policy": draw.policy}
+        fields |= {"new_tokens": draw.tokens, "block": draw.block or 0, "batch_size": len(records)}
+        return [answer.text for answer in model.generate(records, **fields).answers]
 
     return generate
+
+
+def _record(prompt: Prompt, seed: int) -> dict[str, object]:
+    """As `smdlm.sampling.generate.parse` takes it."""
+    if prompt.user is None:
+        return {"prompt": prompt.prefix, "seed": seed}
+    return {"messages": [{"role": "user", "content": prompt.user}], "prefix": prompt.prefix, "seed": seed}
 
 
 def table(records: Sequence[Record]) -> str:

@@ -26,7 +26,6 @@ from smdlm.evaluate.likelihood import Likelihood
 from smdlm.evaluate.samples import append
 from smdlm.files import local_path
 from smdlm.library import Trained
-from smdlm.tools.code import continued
 
 ESTIMATES = ("two_pass", "one_pass", "next_token")  # the first that a model has is the one reported
 SHORTEST = 16  # rows are padded to a power of two of tokens: few programs to compile
@@ -86,16 +85,13 @@ class Harness:
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts behind the contexts of requests with .args (context, {'until', 'max_gen_toks', 'temperature'})."""
-        texts = []
-        for number, request in enumerate(requests):
-            context, given = request.args
-            tokens = min(int(given.get("max_gen_toks", self.tokens)), self.model.length - 1)
-            sampling = self.sampling
-            if not given.get("do_sample", True) or given.get("temperature") == 0:
-                sampling = {**sampling, "temperature": 0.0}
-            text = continued(self.model, self._cut(context, tokens), tokens, self.seed + number, **sampling)
-            until = given.get("until") or []
-            texts.append(before(text, [until] if isinstance(until, str) else until))
+        texts = [""] * len(requests)
+        for (tokens, cold), numbers in self._alike(requests).items():
+            contexts = [self._cut(requests[i].args[0], tokens) for i in numbers]
+            written = self._written(contexts, tokens, cold, [self.seed + i for i in numbers])
+            for i, text in zip(numbers, written, strict=True):
+                until = requests[i].args[1].get("until") or []
+                texts[i] = before(text, [until] if isinstance(until, str) else until)
         return texts
 
     @property
@@ -180,6 +176,23 @@ class Harness:
 
     # ----------------------------------------------------------------------------------------------------- generation
 
+    def _alike(self, requests: Sequence[Any]) -> dict[tuple[int, bool], list[int]]:
+        """{(tokens, whether at temperature 0): numbers of the requests} that are answered together."""
+        found: dict[tuple[int, bool], list[int]] = {}
+        for number, request in enumerate(requests):
+            given = request.args[1]
+            tokens = min(int(given.get("max_gen_toks", self.tokens)), self.model.length - 1)
+            cold = not given.get("do_sample", True) or given.get("temperature") == 0
+            found.setdefault((tokens, cold), []).append(number)
+        return found
+
+    def _written(self, contexts: Sequence[str], tokens: int, cold: bool, seeds: Sequence[int]) -> list[str]:
+        """What the model writes behind contexts."""
+        sampling = {**self.sampling, "temperature": 0.0} if cold else self.sampling
+        records = [{"prompt": context, "seed": seed} for context, seed in zip(contexts, seeds, strict=True)]
+        generated = self.model.generate(records, new_tokens=tokens, batch_size=self.batch, **sampling)
+        return [answer.text for answer in generated.answers]
+
     def _cut(self, context: str, tokens: int) -> str:
         """The end of a context that leaves room for so many tokens."""
         ids = self.model.tokenizer.encode(context)
@@ -189,10 +202,8 @@ class Harness:
     def _is_greedy(self, context: str, continuation: str) -> bool:
         if not self.greedy:
             return False
-        ids = self.model.tokenizer.encode(continuation)
-        sampling = {**self.sampling, "temperature": 0.0}
-        context = self._cut(context, len(ids))
-        return continued(self.model, context, len(ids), self.seed, **sampling) == continuation
+        tokens = len(self.model.tokenizer.encode(continuation))
+        return self._written([self._cut(context, tokens)], tokens, True, [self.seed]) == [continuation]
 
 
 OF_LM_EVAL = ("max_batch_size", "device", "trust_remote_code")  # what lm-eval hands to every model
