@@ -15,7 +15,7 @@ from configs import tiny
 
 def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
-    config.data.source = "lab:markov:64:1:0"
+    config.data.update(source="lab:markov:64:1:0", tokenizer="bytes")
     config.train.steps = 800
     config.sampling = dict(policy="mdlm", steps=64, temperature=1.0, top_p=1.0, count=8, seed=0)
     config.eval = dict(metrics="likelihood,lab_likelihood", blocks=256, batch_size=128, chain=0)

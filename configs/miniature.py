@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.data = dict(source="stdlib:prose", tokenizer="bpe:512", seq_len=64, batch_size=32)
     config.train.update(steps=2400, log_every=100, save_every=2400)
-    config.eval = dict(blocks=1024, batch_size=128, samples="")
+    config.eval = dict(blocks=1024, batch_size=128)
     config.sampling = dict(policy="mdlm", steps=64, temperature=1.0, top_p=0.9, count=16, seed=0)
     config.study = dict(
         runs=dict(

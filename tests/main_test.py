@@ -31,7 +31,7 @@ def command(workdir, *extra):
     flags = [f"--config.{pair}" for pair in small.split()]
     return [
         sys.executable, "-m", "smdlm.main", "--config=configs/tiny.py", f"--workdir={workdir}",
-        f"--config.data.source=text:{corpus}/*.txt", *flags, *extra,
+        f"--config.data.source=text:{corpus}/*.txt", "--config.data.tokenizer=bytes", *flags, *extra,
     ]  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_help_is_a_page_and_show_names_what_differs(tmp_path):
     rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
     assert ["*", "width", "16", "<- command line; the file has 128"] in rows
     assert ["*", "policy", "'entropy'", "<- command line; the file has 'remdm_cap'"] in rows
-    assert ["*", "source", f"'{source(tmp_path / 'run')}'", "<- command line; the file has 'stdlib:docstrings'"] in rows
+    assert ["*", "source", f"'{source(tmp_path / 'run')}'", "<- command line; the file has 'stdlib:prose'"] in rows
     assert ["name", "'dit'", "(default)"] in rows and ["scale", "0.12"] in rows
     assert done.stdout.startswith(f"{sum(row[:1] == ['*'] for row in rows)} fields other than in the file")
 
