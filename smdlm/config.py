@@ -411,6 +411,8 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
     if config.model.causal:
         if config.softmask.p_sm:
             raise ValueError("softmask.p_sm: got > 0 for the causal (AR) model, wanted 0: it has no masks")
+        if config.noise.replace:
+            raise ValueError("noise.replace: got > 0 for the causal (AR) model, wanted 0: it is trained without noise")
         if config.softmask.soften and not isinstance(config.softmask.variant, Stages):
             raise ValueError("softmask.variant: got no 'stages' for the causal (AR) model, wanted it: it has no masks")
         defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig)}

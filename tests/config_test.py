@@ -150,6 +150,7 @@ def test_a_value_out_of_range_is_refused(name):
         {"softmask__soften": True, "softmask__p_sm": 0.0, "softmask__gate": "constant", "softmask__variant": "full"},
         {"model__causal": True, "softmask__p_sm": 0.0, "softmask__soften": True, "softmask__gate": "constant"},
         {"softmask__variant": "project", "softmask__mixer": "slerp"},
+        {"model__causal": True, "softmask__p_sm": 0.0, "noise__replace": 0.1},
         {"mesh__data": -1, "mesh__fsdp": -1},
     ],
 )

@@ -129,7 +129,9 @@ def make_params(denoiser, seed=0, noise=0.4):
         return jnp.asarray((path[-1].key == "scale") + noise * rng.normal(size=x.shape), jnp.float32)
 
     backbone = jax.tree_util.tree_map_with_path(leaf, params["backbone"])
-    return {"backbone": backbone, "softmask": denoiser.softmask.init() if denoiser.softmask else {}}
+    omega = nn.meta.unbox(denoiser.init_omega(jax.random.key(0)))
+    matrices = {name: x for name, x in omega.items() if x.ndim}
+    return {"backbone": backbone, "softmask": {**omega, **jax.tree_util.tree_map_with_path(leaf, matrices)}}
 
 
 def make_batch(batch=B, length=L, vocab=V, seed=0, valid=None):

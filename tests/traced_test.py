@@ -10,7 +10,7 @@ import re
 import pytest
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 2, 4), "mixed": (2, 2, 2)}
-CASES = [*MESHES, "full mixed"]  # full: the soft mask of the whole vocabulary
+CASES = [*MESHES, "full mixed", "gated mixed"]  # the soft mask of the whole vocabulary, and an operator with matrices
 # No axis of a parameter is a multiple of the length, so that an array with such an axis is an activation.
 BATCH, LENGTH, WIDTH, PADDED = 16, 20, 32, 384
 SHAPE = re.compile(r"\w+\[([\d,]+)\]")
@@ -22,6 +22,7 @@ def measure():
     import numpy as np
     from conftest import SOFTMASK, make_batch, make_denoiser, make_params
 
+    from smdlm.feedback.conditioning import GatedFeedForward
     from smdlm.full_softmask import FullSoftMask
     from smdlm.mesh.rules import MeshConfig, batch_sharding, param_shardings
     from smdlm.objective import SoftMaskedDiffusion
@@ -52,6 +53,7 @@ def measure():
     for prefix, softmask, meshes in (
         ("", SOFTMASK, MESHES),
         ("full ", FullSoftMask(k=3, gate=SOFTMASK.gate, chunk=16), {"mixed": MESHES["mixed"]}),
+        ("gated ", GatedFeedForward(k=3, gate=SOFTMASK.gate, chunk=16, inner=24), {"mixed": MESHES["mixed"]}),
     ):
         for name, mesh in {"one": (1, 1, 1), **meshes}.items():  # one device first
             loss, grads, program = run(softmask, mesh)
@@ -84,7 +86,8 @@ def is_activation(axes):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_one_device(measured, case):
     loss, distance, _ = measured[case]
-    assert loss == pytest.approx(measured["full one" if case.startswith("full") else "one"][0], rel=1e-5)
+    alone = " ".join([*case.split()[:-1], "one"])
+    assert loss == pytest.approx(measured[alone][0], rel=1e-5)
     assert distance < 1e-4
 
 
@@ -97,10 +100,10 @@ def test_no_activation_is_gathered(measured, case):
     assert case == "data" or moved, "a mesh that splits parameters must gather some"
 
 
-@pytest.mark.parametrize("case", ["one", "full one", *CASES])
+@pytest.mark.parametrize("case", ["one", "full one", "gated one", *CASES])
 def test_nothing_has_a_row_of_the_vocabulary_per_position(measured, case):
     """No one-hots for the embeddings, no logits but a chunk's."""
-    parts = MESHES.get(case.removeprefix("full "), (1, 1, 1))[2]
+    parts = MESHES.get(case.split()[-1], (1, 1, 1))[2]
     arrays = list(results(measured[case][2], r"[\w\-]+"))
     assert not [axes for axes in arrays if is_activation(axes) and {PADDED, PADDED // parts} & set(axes)]
     assert [16, PADDED // parts] in arrays, "the chunk's logits: else the test looks at the wrong shapes"
