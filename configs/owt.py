@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
         update_budget="iso_update",
     )
     config.sampling = dict(steps=1024, top_p=0.9, top_p_rule="reference", count=16, seed=0, prompt="", policy="mdlm")
+    config.generate = dict(new_tokens=256)
     config.eval = dict(blocks=1024, batch_size=64)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config

@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling = dict(
         policy="remdm_cap", eta=0.02, steps=256, temperature=0.5, top_p=0.9, count=16, seed=0, prompt=""
     )
+    config.generate = dict(new_tokens=32, bucket=16)
     config.eval = dict(blocks=512, batch_size=128, samples="blank,real_words")
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config

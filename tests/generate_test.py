@@ -147,7 +147,7 @@ def test_an_answer_does_not_depend_on_its_batch(generator, params, tokenizer):
         {"prompt": "three"},
     ]
     records += [{"prompt": "a longer prompt than those"}, {"prompt": "four"}]
-    prompts = asked(tokenizer, *records)
+    prompts = [dataclasses.replace(prompt, ends=()) for prompt in asked(tokenizer, *records)]  # whatever it draws
     together = generator(params, prompts)
     assert [len(answer.ids) for answer in together.answers] == [NEW, NEW, 6, NEW, NEW, NEW]
     assert len({answer.text for answer in together.answers}) == 6
@@ -161,7 +161,8 @@ def test_an_answer_does_not_depend_on_its_batch(generator, params, tokenizer):
 
 
 def test_what_it_took(generator, params, tokenizer):
-    generated = generator(params, asked(tokenizer, *[{"prompt": "a"}] * 4))
+    prompts = asked(tokenizer, *[{"prompt": "a"}] * 4)
+    generated = generator(params, [dataclasses.replace(prompt, ends=()) for prompt in prompts])
     summary = generated.summary()
     assert generated.tokens == 4 * NEW and generated.forwards == 2 * STEPS  # two batches
     assert summary["tokens_per_forward"] == 1.0 and summary["tokens_per_s"] > 0
@@ -196,15 +197,16 @@ def test_what_ends_an_answer(generator, tokenizer):
 def test_rows_stop_when_they_have_ended(generator, params, tokenizer):
     """Every token ends the first prompt: it is done once its first position is known, the others go on."""
     prompts = asked(tokenizer, {"prompt": "a"}, {"prompt": "b"})
-    short = dataclasses.replace(prompts[0], ends=tuple(range(260)))
-    answers = generator(params, [short, prompts[1]]).answers
+    short, long = dataclasses.replace(prompts[0], ends=tuple(range(260))), dataclasses.replace(prompts[1], ends=())
+    answers = generator(params, [short, long]).answers
     assert answers[0].finish == "end" and len(answers[0].ids) == 0 and answers[0].forwards <= 4
-    assert answers[1].forwards == STEPS and answers[1].text == generator(params, [prompts[1]]).answers[0].text
+    assert answers[1].forwards == STEPS and answers[1].text == generator(params, [long]).answers[0].text
     assert generator(params, [short]).forwards == answers[0].forwards < STEPS  # the batch ends with its last row
 
 
 def test_what_a_cache_changes(generator, params, tokenizer):
     prompts = asked(tokenizer, {"prompt": "one"}, {"prompt": "two"}, {"prompt": "a[MASK]"})
+    prompts = [dataclasses.replace(prompt, ends=()) for prompt in prompts]
     found = verify(generator, params, prompts)
     assert found.largest_logit_difference > 1e-3 and 0 <= found.differing < 1
     assert found.forwards == (STEPS, STEPS)

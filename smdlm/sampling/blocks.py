@@ -184,7 +184,7 @@ class BlockDecoder:
                     last=np.bool_(index == steps - 1),
                     waiting=waiting,
                 )
-                u = self.noise(rows.keys, now.block, now.index, block)
+                u = self.noise(rows.keys, np.int32(begin - first), now.index, block)
                 after, hidden = self.step(size, block, opening and index == 0, params, rows, state, now, u)
                 yield Forward(start, size, begin, waiting, state, after, now, hidden)
                 state, host = after, fetch(after.canvas)
@@ -233,7 +233,10 @@ class BlockDecoder:
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def noise(self, keys: jax.Array, begin: jax.Array, index: jax.Array, block: int) -> jax.Array:
-        """[2, B, block] uniforms: what a position would become, and whether it does."""
+        """[2, B, block] uniforms: what a position would become, and whether it does.
+
+        begin: of the block, counted from the first, so that padding changes nothing.
+        """
 
         def row(key: jax.Array) -> jax.Array:
             return uniforms(jax.random.fold_in(jax.random.fold_in(key, begin), index), (2, block))

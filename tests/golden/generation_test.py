@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golden.arrays import NOISE, Group
+from golden.arrays import NOISE, Group, largest
 from golden.dream import DREAM, load_dream
 from golden.generation import Budget, Threshold, Transfer, decoder, played, policy_of, settings
 from smdlm.models.base import Head
@@ -20,7 +20,7 @@ TOKENS = Group("generated tokens", 0)
 LOGITS = Group("generation logits", 1e-4)
 SOFT_LOGITS = Group("soft-masked generation logits", 5e-3)
 DRAWS = Group("draws", 0)
-CONFIDENCES = Group("confidences of draws", 3e-6, relative=True)
+CONFIDENCES = Group("confidences of draws", 1e-6)  # as a share of the largest logit at its temperature
 
 
 def names(file, chosen=lambda run: True):
@@ -170,4 +170,5 @@ def test_draws():
                 "entropy": seen.neg_entropy,
             }[run["mode"]]
             stored.check(DRAWS, f"s{run['i']}_x0", draw.ids[0])
-            stored.check(CONFIDENCES, f"s{run['i']}_conf", confidence[0])
+            size = max(1.0, largest(stored["logits"]) / (filters.temperature or 1.0))
+            stored.check(CONFIDENCES, f"s{run['i']}_conf", confidence[0], size=size)
