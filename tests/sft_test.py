@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from chat_test import END, START, write_folder
 from config_test import make_config, one_line
 from conftest import MASK, READOUT, B, L, assert_close, make_batch, make_denoiser, make_params
 
+from smdlm import identity
 from smdlm.build import build
 from smdlm.config import read
 from smdlm.data import text
@@ -96,7 +98,7 @@ def test_what_is_left_out_is_said(folder, caplog):
 
 
 def test_all_kinds_of_files_hold_the_same(folder):
-    import pyarrow
+    pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import ipc, parquet
 
     found = answers(7)
@@ -175,9 +177,6 @@ def test_files_that_are_none(folder, tokenizer, tmp_path):
     assert "no JSON at broken.jsonl:1" in refused(folder, tmp_path / "broken.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps({"messages": []}).encode() + b'\n{"messages": "\xe9"}\n')
     assert "no JSON at latin.jsonl:2" in refused(folder, tmp_path / "latin.jsonl")
-    for name in ("bad.parquet", "bad.arrow"):
-        (tmp_path / name).write_bytes(b"nothing of the kind")
-        assert f"unreadable {tmp_path / name}" in refused(folder, tmp_path / name)
     (tmp_path / "words.txt").write_text("text")
     assert "wanted files of conversations" in refused(folder, tmp_path / "words.txt")
     (tmp_path / "several").mkdir()
@@ -189,6 +188,17 @@ def test_files_that_are_none(folder, tokenizer, tmp_path):
     write_folder(tmp_path / "code", chat_template="{{ ''.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="no conversation to train on .*SecurityError"):
         text.load(DataConfig(Chat(str(write_lines(tmp_path / "x.jsonl", answers(4)))), f"hf:{tmp_path}/code", 128, 4))
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
+def test_files_of_pyarrow(folder, tokenizer, tmp_path, monkeypatch, name):
+    """Damaged ones, and any without that package."""
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "pyarrow", None)
+        assert "without pyarrow" in refused(folder, tmp_path / name)
+    pytest.importorskip("pyarrow")
+    assert f"unreadable {tmp_path / name}" in refused(folder, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,12 @@ def test_fields_are_checked(changes, message):
 
 def test_the_sum_of_means_is_for_conversations():
     assert "train.accumulation: got 'sum' for a text" in one_line(make_config(train__accumulation="sum"))
+
+
+@pytest.mark.parametrize("accumulation, different", [("mean", []), ("sum", ["train.accumulate (2, now 4)"])])
+def test_micro_batches_of_a_sum_belong_to_the_run(accumulation, different):
+    one, two = (make_config("chat:x", train__accumulate=n, train__accumulation=accumulation) for n in (2, 4))
+    assert identity.differences(one.to_dict(), read(two)) == different
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
