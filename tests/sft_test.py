@@ -41,12 +41,15 @@ def write_lines(file, conversations, field="messages"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sft")
+    """With the tokenizer of all conversations."""
+    folder = tmp_path_factory.mktemp("sft")
+    write_folder(folder / "tokenizer")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return make_tokenizer(f"hf:{write_folder(folder / 'tokenizer')}")
+    return make_tokenizer(f"hf:{folder}/tokenizer")
 
 
 def config(folder, path, seq_len=128, batch_size=4, **fields):
@@ -166,7 +169,7 @@ def refused(folder, path, **fields):
     return str(error.value)
 
 
-def test_files_that_are_none(folder, tokenizer, tmp_path):
+def test_files_that_are_none(folder, tmp_path):
     assert "no file that matches" in refused(folder, tmp_path / "nothing.jsonl")
     assert "1 conversations" in refused(folder, write_lines(tmp_path / "one.jsonl", answers(1)))
     assert "no conversation to train on" in refused(
@@ -184,14 +187,14 @@ def test_files_that_are_none(folder, tokenizer, tmp_path):
     assert "holds several splits" in refused(folder, tmp_path / "several")
     write_folder(tmp_path / "bare", chat_template=None)
     with pytest.raises(ValueError, match="chat template: got none"):
-        text.load(DataConfig(Chat(str(folder / "many.jsonl")), f"hf:{tmp_path}/bare", 128, 4))
+        text.load(DataConfig(Chat(str(tmp_path / "f.jsonl")), f"hf:{tmp_path}/bare", 128, 4))
     write_folder(tmp_path / "code", chat_template="{{ ''.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="no conversation to train on .*SecurityError"):
         text.load(DataConfig(Chat(str(write_lines(tmp_path / "x.jsonl", answers(4)))), f"hf:{tmp_path}/code", 128, 4))
 
 
 @pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
-def test_files_of_pyarrow(folder, tokenizer, tmp_path, monkeypatch, name):
+def test_files_of_pyarrow(folder, tmp_path, monkeypatch, name):
     """Damaged ones, and any without that package."""
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with monkeypatch.context() as missing:
@@ -324,7 +327,7 @@ def chat_config(folder, **changes):
     return make_config(f"chat:{folder}/run.jsonl", **{**small, **short, **changes})
 
 
-def test_training_on_two_buckets(folder, tokenizer):
+def test_training_on_two_buckets(folder):
     """The loss falls, one program per bucket is enough, and the likelihood of responses is evaluated."""
     from smdlm import experiment
 
@@ -348,7 +351,7 @@ REACH = {"train__accumulation": "sum", "data__supervise_pads": False}
 
 
 @pytest.mark.parametrize("name", REACH)
-def test_fields_change_the_step(folder, tokenizer, name):
+def test_fields_change_the_step(folder, name):
     write_lines(folder / "run.jsonl", answers(24, lengths=(8, 30)))
 
     def program(**changes):
@@ -360,7 +363,7 @@ def test_fields_change_the_step(folder, tokenizer, name):
 
 
 @pytest.mark.parametrize("changes", [{}, {"data__supervise_pads": False}])
-def test_the_abstract_batch_is_that_of_the_longest_bucket(folder, tokenizer, changes):
+def test_the_abstract_batch_is_that_of_the_longest_bucket(folder, changes):
     write_lines(folder / "run.jsonl", answers(24, lengths=(30,)))
     made = build(read(chat_config(folder, **changes)), folder)
     wanted = jax.tree.map(lambda x: (x.shape, x.dtype), made.put(next(made.train_batches(0))))
