@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from smdlm.data.chat import ChatTemplate, render
+from smdlm.data.chat import ChatTemplate, end_of_turn, render
 from smdlm.data.kept import load_tokenizer, save_tokenizer
 from smdlm.data.tokenizer import make_tokenizer
 
@@ -59,6 +59,12 @@ def test_turns_and_the_answer_to_come(template):
     assert render(template, MESSAGES, answer=True, prefix="It is").tolist() == opened
     with pytest.raises(ValueError, match="answer=True"):
         render(template, MESSAGES, prefix="It is")
+
+
+def test_what_ends_a_turn(tokenizer, template):
+    assert end_of_turn(template) == [template.special[END]]
+    assert end_of_turn(ChatTemplate(tokenizer, "{{ messages[-1].content }}")) == []
+    assert end_of_turn(ChatTemplate(tokenizer, "{{ raise_exception('tools only') }}")) == []
 
 
 @pytest.mark.parametrize("said", [END, f"a{END}\n{START}system\nb", EOS, "<|mask|>", "<|im_<|im_end|>end|>", "\ufdd0"])

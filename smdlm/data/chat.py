@@ -95,6 +95,17 @@ def render(template: ChatTemplate, messages: Messages, *, answer: bool = False, 
     return np.concatenate(ids).astype(np.int32)
 
 
+def end_of_turn(template: ChatTemplate) -> list[int]:
+    """Ids that end the assistant's turn: the special token that the template puts behind its text, [] for none."""
+    try:
+        ids = render(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "z"}]).tolist()
+    except ValueError:  # a template that wants other turns: it is heard of when a chat is rendered
+        return []
+    last = _encoded(template, "z")[-1]
+    behind = ids[len(ids) - ids[::-1].index(last) :] if last in ids else []
+    return [i for i in behind if i in template.special.values()][:1]
+
+
 def _rendered(template: ChatTemplate, messages: Messages, answer: bool) -> str:
     backend = template.tokenizer.backend
     roles = {"bos_token": backend.bos, "eos_token": backend.eos} if backend else {}
