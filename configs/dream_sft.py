@@ -14,7 +14,9 @@ gradients are of the mean over the eight, there of the sum of eight means:  --co
 rows are padded to the lengths of `buckets`, there to the longest of a batch and up to 49 tokens more
 the coin p_sm is drawn once per update, there once per conversation
 
-The frozen base is 15.2 GB in bfloat16, on every chip unless --config.mesh.fsdp splits it. Not run here at full length.
+The frozen base is 15.2 GB in bfloat16, on every chip unless --config.mesh.fsdp splits it, or 8.7 GB if it is imported
+with --dtype=int8 and the run says --config.model.param_dtype=int8. Other budgets of training: omega alone, with
+--config.adapter.kind=softmask; the binary control, with --config.softmask.p_sm=0.0. Not run here at full length.
 """
 
 import ml_collections

@@ -100,7 +100,9 @@ def differences(saved: Mapping[str, Any], config: Config, free: set[str] = froze
     except ValueError as error:  # of a version whose fields had other names
         return [f"config, which this version does not read ({error})"]
     now = flat(config)
-    names = [n for n in {**before, **now} if n.partition(".")[0] not in FREE_SECTIONS | free and n not in FREE_FIELDS]
+    # A sum over micro-batches depends on how many there are.
+    fields = FREE_FIELDS - ({"train.accumulate"} if config.train.accumulation == "sum" else set())
+    names = [n for n in {**before, **now} if n.partition(".")[0] not in FREE_SECTIONS | free and n not in fields]
     missing = object()
     return [
         f"{name} ({before.get(name)!r}, now {now.get(name)!r})"

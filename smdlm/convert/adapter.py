@@ -47,6 +47,7 @@ def import_adapter(args: argparse.Namespace) -> list[str]:
         kind = AdapterConfig("dora" if lora.dora else "lora", ",".join(lora.targets), lora.rank, lora.alpha)
         about = {"workdir": str(base), "hash": weights_hash(weights), "adapter": kind.described}
         kept = {name: meta[name] for name in ("model", "mask_id", "tokenizer") if name in meta}
+        kept["convert"] = {"kind": "adapter", "k": gate[1] if gate else 1}
         save(checkpointer, params, params, {**kept, "base": about})
     mask = f"omega of {peft.GATE}, softmask.k {gate[1]}" if gate else "no omega (binary)"
     fields = " ".join(f"--config.adapter.{name}={getattr(kind, name)}" for name in ("kind", "targets", "rank", "alpha"))
@@ -73,10 +74,12 @@ def export_adapter(args: argparse.Namespace) -> list[str]:
         raise FileError(f"got {args.src} without adapters, wanted a run with adapter.kind lora or dora")
     lora = adapted(meta)
     k, gate = 1, {}
+    if odd := set(params["softmask"]) - set(EntropyGate().init()):
+        raise FileError(f"got {args.src} with {', '.join(sorted(odd))}, wanted the gate 'entropy' of variant 'topk'")
     if params["softmask"]:
         values = EntropyGate().values(params["softmask"])
         gate = {name: np.float32(value) for name, value in values.items()}
-        k = read(meta["config"]).softmask.k if "config" in meta else k
+        k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
     peft.save(args.dst, lora, params["backbone"], gate, k, str(meta["base"]["workdir"]))
     return [f"wrote {args.dst}: adapters of step {meta['step']} ({which}), base {meta['base']['workdir']}"]
 

@@ -137,7 +137,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         from pyarrow import ipc, parquet
     except ImportError as error:
         raise ValueError(
-            f"data.source: got {printable(path)} without pyarrow ({error}): pip install 'smdlm[sft]'"
+            f"data.source: got {printable(path)} without pyarrow ({error}), wanted it: pip install 'smdlm[sft]'"
         ) from error
     try:
         if path.suffix == ".parquet":
