@@ -9,13 +9,14 @@ import pytest
 from conftest import make_params
 
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.gates import ConstantGate
 from smdlm.models.decoder import Decoder
 from smdlm.ops.filters import Filters
 from smdlm.readout import Readout
 from smdlm.sampling.blocks import BlockDecoder, block_times
 from smdlm.sampling.policies import Cap, Entropy, FirstHitting, MaxProbability
 from smdlm.sampling.transfer import Transfer
-from smdlm.softmask import ConstantGate, SoftMask
+from smdlm.softmask import SoftMask
 from smdlm.tools.decoding import Case, cases, counted
 
 B, L, FIRST, BLOCK, V, MASK, PAD = 3, 12, 4, 4, 24, 20, 0

@@ -10,6 +10,7 @@ from conftest import make_params
 
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.gates import ConstantGate
 from smdlm.generation import read_prompts
 from smdlm.models.decoder import Decoder
 from smdlm.ops.filters import Filters
@@ -18,7 +19,7 @@ from smdlm.sampling.blocks import BlockDecoder
 from smdlm.sampling.generate import GenerateConfig, Generator, parse
 from smdlm.sampling.policies import MaxProbability
 from smdlm.sampling.verify import verify
-from smdlm.softmask import ConstantGate, SoftMask
+from smdlm.softmask import SoftMask
 
 NEW, LENGTH, STEPS = 8, 48, 8
 

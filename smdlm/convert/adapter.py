@@ -17,12 +17,12 @@ from smdlm.config import AdapterConfig, read
 from smdlm.convert import decoder, peft
 from smdlm.convert.files import FileError
 from smdlm.convert.workdir import new_workdir, save
+from smdlm.feedback.gates import EntropyGate
 from smdlm.files import local_path, workdir_of
 from smdlm.identity import check_same_base, weights_hash
 from smdlm.io.checkpoint import checkpointer_of
 from smdlm.models.decoder import Decoder
 from smdlm.models.lora import LoRA
-from smdlm.softmask import EntropyGate
 
 
 def load_base(workdir: Path, flag: str) -> tuple[Decoder, Any, dict[str, Any]]:

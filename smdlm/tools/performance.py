@@ -128,6 +128,7 @@ def _head_bytes(parts: list[dict[str, Any]]) -> float:
 PAGE = """# Performance
 
 Written by `python -m smdlm.tools.performance` from `performance.json`; delete that file to measure anew.
+What was seen on a real H100 is in [gpu.md](gpu.md).
 
 ## On a CPU
 
