@@ -9,12 +9,13 @@ import pytest
 from conftest import make_params
 
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.committed import Stages
 from smdlm.feedback.gates import ConstantGate
 from smdlm.models.decoder import Decoder
 from smdlm.ops.filters import Filters
 from smdlm.readout import Readout
 from smdlm.sampling.blocks import BlockDecoder, block_times
-from smdlm.sampling.policies import Cap, Entropy, FirstHitting, MaxProbability
+from smdlm.sampling.policies import Cap, Edit, Entropy, FirstHitting, MaxProbability
 from smdlm.sampling.transfer import Transfer
 from smdlm.softmask import SoftMask
 from smdlm.tools.decoding import Case, cases, counted
@@ -233,6 +234,13 @@ def test_refused(options, message):
     steps = options.pop("steps", 8)
     with pytest.raises(ValueError, match=message):
         forwards(decoder(**options), *prompts(), steps=steps)
+
+
+def test_what_looks_back_at_committed_positions_is_refused():
+    with pytest.raises(ValueError, match="^sampling.policy: got one that revises"):
+        BlockDecoder(DENOISER, Readout(), Edit())
+    with pytest.raises(ValueError, match="^softmask.variant: got one that acts on committed positions"):
+        BlockDecoder(dataclasses.replace(DENOISER, softmask=Stages()), Readout(), Entropy())
 
 
 def test_a_causal_model_and_a_binary_one_are_refused():

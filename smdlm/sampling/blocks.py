@@ -33,7 +33,7 @@ from smdlm.models.base import KVCache
 from smdlm.ops.filters import Filters
 from smdlm.readout import Draw, Readout
 from smdlm.sampling.loop import uniforms
-from smdlm.sampling.policies import Policy, Times
+from smdlm.sampling.policy import Policy, Revising, Times
 from smdlm.softmask import Feedback
 
 CACHES = ("none", "prefix", "dual")
@@ -137,6 +137,12 @@ class BlockDecoder:
             )
         if self.use_feedback and self.denoiser.softmask is None:
             raise ValueError("sampling.use_feedback: got True for a model without soft-masking, wanted False")
+        if isinstance(self.policy, Revising):
+            raise ValueError("sampling.policy: got one that revises what it committed, wanted another to generate with")
+        if self.use_feedback and self.denoiser.softmask.everywhere:
+            raise ValueError(
+                "softmask.variant: got one that acts on committed positions too, wanted another for blocks"
+            )
 
     def forwards(
         self,

@@ -132,7 +132,8 @@ def _seen(sampler: Sampler, params: Any, before: Carry, after: Carry) -> tuple[F
         operator, omega, feedback = denoiser.softmask, params["softmask"], after.feedback
         table = denoiser.model.table(params["backbone"])
         _, _, neg_entropy = operator.look_up(omega, table, head, after.canvas, feedback)
-        return feedback, jnp.where(feedback.active, operator.gate(omega, neg_entropy), 0.0)
+        lam = operator.lam(omega, table, feedback, neg_entropy)[..., 0]
+        return feedback, jnp.where(feedback.active, lam, 0.0)
     masked = before.canvas == denoiser.mask_id
     feedback = sampler.readout.feedback(head, denoiser(params, before.canvas), masked)
     feedback = feedback.replace(active=masked & (after.canvas == denoiser.mask_id))

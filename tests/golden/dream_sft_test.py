@@ -134,7 +134,7 @@ def both_passes(objective: Any, params: Any, base: Any, canvas: Any) -> Any:
     table, head, omega = denoiser.model.table(whole["backbone"]), denoiser.head(whole), params["softmask"]
     mixed = denoiser.softmask(omega, table, head, canvas, feedback, denoiser.mask_id)
     entropy = denoiser.softmask.look_up(omega, table, head, canvas, feedback)[2]
-    return first, mixed, denoiser.softmask.gate(omega, entropy), feedback
+    return first, mixed, denoiser.softmask.lam(omega, table, feedback, entropy)[..., 0], feedback
 
 
 def by_name(lora: Any, tree: Any) -> dict[str, np.ndarray]:
