@@ -141,7 +141,7 @@ class BlockDecoder:
             raise ValueError("sampling.policy: got one that revises what it committed, wanted another to generate with")
         if self.use_feedback and self.denoiser.softmask.everywhere:
             raise ValueError(
-                "softmask.variant: got one that acts on committed positions too, wanted another for blocks"
+                "softmask.variant: got one that acts on committed positions too, wanted another"
             )
 
     def forwards(
