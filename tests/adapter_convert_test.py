@@ -21,6 +21,7 @@ from smdlm.convert import folders, peft
 from smdlm.convert.streams import read_folder, read_header
 from smdlm.experiment import checkpointer_of
 from smdlm.models.lora import LoRA
+from smdlm.optimizer import TrainState
 
 SIZES = ("width", "depth", "heads", "key_heads", "hidden", "rope_base", "eps", "tied")
 CANVAS = np.array([[3, MASK, 5, MASK, 7, 1]])
@@ -105,12 +106,12 @@ def test_what_is_refused(folder, tmp_path, capsys):
     params, meta = checkpointer.restore_params(None, "params")
     meta["base"]["workdir"] = str(tmp_path / "other")
     moved = checkpointer_of(tmp_path / "moved")
-    moved.save(0, experiment.TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    moved.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
     moved.close()
     assert "trained beside weights" in refused(capsys, "export", "decoder", tmp_path / "moved", tmp_path / "a")
     params["softmask"]["raw_temperature"] = jnp.zeros(())
     full = checkpointer_of(tmp_path / "full")
-    full.save(0, experiment.TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    full.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
     full.close()
     assert "with raw_temperature, wanted" in refused(capsys, "export", "adapter", tmp_path / "full", tmp_path / "a")
     assert not (tmp_path / "a").exists()
