@@ -12,7 +12,7 @@ epoch, p_sm .5, k 1. No EMA. 37,500 updates are one epoch of 300,000. What diffe
 
 gradients are of the mean over the eight, there of the sum of eight means:  --config.train.accumulation=sum
 rows are padded to the lengths of `buckets`, there to the longest of a batch and up to 49 tokens more
-the coin p_sm is drawn once per update, there once per conversation
+the coin p_sm is drawn once per update, there once per conversation:        --config.softmask.coin=example
 
 The frozen base is 15.2 GB in bfloat16, on every chip unless --config.mesh.fsdp splits it, or 8.7 GB if it is imported
 with --dtype=int8 and the run says --config.model.param_dtype=int8. Other budgets of training: omega alone, with

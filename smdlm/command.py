@@ -46,8 +46,8 @@ flags
   --helpfull                     all flags, also those of the libraries
 
 fields that matter most
-  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, tfds:NAME, stdlib:docstrings, lab:LAW, prepared:DIR
-  --config.data.tokenizer=SPEC        bytes, bpe:SIZE, gpt2, hf:DIR
+  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, tfds:NAME, stdlib:prose, lab:LAW, chat:FILES, prepared:DIR
+  --config.data.tokenizer=SPEC        bytes, bpe:SIZE, gpt2, gpt2:DIR, hf:DIR
   --config.train.steps=N              updates
   --config.optimizer.lr=X             peak learning rate
   --config.softmask.p_sm=X            chance of a soft-masked step; 0 trains a binary model (MDLM)

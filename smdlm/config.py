@@ -437,6 +437,9 @@ def _check_combinations(config: Config, sampling: Mapping[str, Any]) -> None:
         raise ValueError("model.param_dtype: got 'int8' with adapter.kind 'none', wanted a frozen base, or float32")
     if config.adapter.kind == "softmask" and not config.softmask.p_sm:
         raise ValueError("softmask.p_sm: got 0 with adapter.kind 'softmask', wanted > 0: nothing else is trained")
+    operator = config.softmask.operator
+    if config.adapter.kind == "softmask" and not (operator.matrices() or operator.init()):
+        raise ValueError("softmask.gate: got one without parameters with adapter.kind 'softmask', wanted one to train")
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(
             f"train.accumulate: got {config.train.accumulate} for data.batch_size {config.data.batch_size}, wanted a "

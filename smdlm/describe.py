@@ -73,7 +73,9 @@ def training_flops(experiment: Experiment) -> float:
     read = 1.0 if model.causal else 0.5
     head = 2.0 * model.width * experiment.denoiser.vocab_size * read
     tokens = config.data.batch_size * config.data.seq_len
-    return (3 + config.softmask.p_sm) * tokens * (model.flops(config.data.seq_len) + head)
+    objective = experiment.objective
+    first = objective.p_step * (3 if getattr(objective, "through", False) else 1)
+    return (3 + first) * tokens * (model.flops(config.data.seq_len) + head)
 
 
 def opening(experiment: Experiment, workdir: Path, step: int | None) -> str:

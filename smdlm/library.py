@@ -27,7 +27,7 @@ from smdlm.sampling.generate import GenerateConfig, Generated, parse
 from smdlm.sampling.trace import Trace
 
 BLANK = "____"
-CONTEXT = 1024  # tokens that a converted decoder, whose positions have no end, is shown at once
+CONTEXT = 2048  # tokens that a converted decoder, whose positions have no end, is shown at once
 
 
 def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
@@ -112,7 +112,8 @@ class Trained:
         """
         changed = self._sampling(prompt=prompt, count=count, seed=seed, **sampling)
         with jax.set_mesh(self.experiment.mesh):
-            experiment.write_viewer(changed, self.params)
+            if sampling.get("viewer"):
+                experiment.write_viewer(changed, self.params)
             return experiment.sample(changed, self.params).texts
 
     def infill(

@@ -104,6 +104,8 @@ def score(
     there: a file of samples, in place of drawing them.
     """
     config = found.config
+    if config.chat:
+        raise ValueError("--mode=score: got a run on conversations, wanted one on running text (see --mode=generate)")
     protocol = protocol.filled(config.data.seq_len, config.sampling.steps, config.data.tokenizer)
     judge = load_scorer(scorer, scorer_config) if scorer and protocol.scorer != "" else None
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **protocol.sampling()))

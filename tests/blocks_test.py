@@ -239,7 +239,7 @@ def test_refused(options, message):
 def test_what_looks_back_at_committed_positions_is_refused():
     with pytest.raises(ValueError, match="^sampling.policy: got one that revises"):
         BlockDecoder(DENOISER, Readout(), Edit())
-    with pytest.raises(ValueError, match="^softmask.variant: got one that acts on committed positions"):
+    with pytest.raises(ValueError, match="^softmask.variant: got one for committed positions"):
         BlockDecoder(dataclasses.replace(DENOISER, softmask=Stages()), Readout(), Entropy())
 
 

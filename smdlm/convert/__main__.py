@@ -25,7 +25,7 @@ import numpy as np
 from smdlm import command
 from smdlm.config import read
 from smdlm.convert import adapter, files, folders, mdlm, mdlm_export
-from smdlm.convert.workdir import new_workdir, save
+from smdlm.convert.workdir import check_papers_operator, new_workdir, save
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.files import local_path, plain_output, workdir_of
 from smdlm.full_softmask import FullSoftMask
@@ -90,7 +90,10 @@ def _of_config(path: Path, kind: str) -> Wanted:
         sizes["vocab_size"] = config.vocab_size
     elif not config.data.tokenizer.startswith("bpe"):
         sizes["vocab_size"] = make_tokenizer(config.data.tokenizer).model_vocab_size
-    return Wanted(sizes, config.softmask.operator)
+    operator = config.softmask.operator
+    if operator and operator.matrices():
+        raise files.FileError(f"{path}: got a soft mask with matrices, wanted variant 'topk' or 'full'")
+    return Wanted(sizes, operator)
 
 
 def export_checkpoint(args: argparse.Namespace) -> list[str]:
@@ -103,6 +106,7 @@ def export_checkpoint(args: argparse.Namespace) -> list[str]:
     with contextlib.closing(checkpointer_of(workdir_of(args.src))) as checkpointer:
         trees = {which: checkpointer.restore_params(None, which) for which in ("params", "ema")}
     (raw, meta), (ema, _) = trees["params"], trees["ema"]
+    check_papers_operator(args.src, meta)
     raw, ema = (
         mdlm_export.export_tree(jax.tree.map(np.asarray, tree), meta, args.kind, args.vocab_size) for tree in (raw, ema)
     )

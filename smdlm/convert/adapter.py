@@ -16,7 +16,7 @@ from smdlm import command
 from smdlm.config import AdapterConfig, read
 from smdlm.convert import decoder, peft
 from smdlm.convert.files import FileError
-from smdlm.convert.workdir import new_workdir, save
+from smdlm.convert.workdir import check_papers_operator, new_workdir, save
 from smdlm.feedback.gates import EntropyGate
 from smdlm.files import local_path, workdir_of
 from smdlm.identity import check_same_base, weights_hash
@@ -79,6 +79,7 @@ def export_adapter(args: argparse.Namespace) -> list[str]:
     if params["softmask"]:
         values = EntropyGate().values(params["softmask"])
         gate = {name: np.float32(value) for name, value in values.items()}
+        check_papers_operator(args.src, meta)
         k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
     peft.save(args.dst, lora, params["backbone"], gate, k, str(meta["base"]["workdir"]))
     return [f"wrote {args.dst}: adapters of step {meta['step']} ({which}), base {meta['base']['workdir']}"]

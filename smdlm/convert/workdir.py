@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from smdlm import command
+from smdlm.config import read
 from smdlm.convert.files import FileError
+from smdlm.feedback.gates import EntropyGate
+from smdlm.feedback.mixers import Lerp
 from smdlm.files import owned
+from smdlm.full_softmask import FullSoftMask
 from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.optimizer import TrainState
+from smdlm.softmask import SoftMask
 
 
 @contextlib.contextmanager
@@ -24,6 +29,19 @@ def new_workdir(workdir: Path) -> Iterator[Checkpointer]:
             raise FileError(f"got {workdir}, which holds a checkpoint of step {step}, wanted a new workdir")
         command.check_folder("DST", checkpointer.directory)
         yield checkpointer
+
+
+def check_papers_operator(src: object, meta: Mapping[str, Any]) -> None:
+    """FileError if the run's soft mask is one that the public code does not have: it would be read as the paper's."""
+    operator = read(meta["config"]).softmask.operator if "config" in meta else None
+    if operator is None:
+        return
+    plain = type(operator) in (SoftMask, FullSoftMask) and type(operator.gate) is EntropyGate
+    if not plain or operator.mixer != Lerp():
+        raise FileError(
+            f"got {src} with the soft mask {operator}, wanted gate 'entropy' and mixer 'lerp' of variant 'topk' or "
+            "'full': the public code has no other"
+        )
 
 
 def save(checkpointer: Checkpointer, params: Any, ema: Any, meta: dict[str, Any]) -> None:

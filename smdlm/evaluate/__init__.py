@@ -20,3 +20,5 @@ SAMPLE_METRICS: dict[str, type[SampleMetric]] = {
     "real_words": RealWords,
     "code": Code,
 }
+# real_words asks for the training text, which only the end of a run has at hand.
+OF_A_FILE = {name: metric for name, metric in SAMPLE_METRICS.items() if metric is not RealWords}

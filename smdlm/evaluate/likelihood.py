@@ -158,7 +158,8 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
         hidden = denoiser(params, canvas, feedback, mask=attend)
         weights = masked * counts * objective.schedule.weight(t)[:, None]
         _, nll = readout.nll(head, hidden, tokens, weights)
-        remembering = denoiser.softmask.remembering(masked, given=jnp.zeros_like(masked))
+        given = batch.get("frozen", jnp.zeros_like(masked))
+        remembering = denoiser.softmask.remembering(masked, given)
         feedback = readout.feedback(head, hidden, remembering).replace(
             forwards=feedback.forwards + 1, time=t - (times.t_max - times.t_min) / chain
         )

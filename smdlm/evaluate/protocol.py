@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from smdlm.evaluate import SAMPLE_METRICS
+from smdlm.evaluate import OF_A_FILE
 from smdlm.evaluate.genppl import GenerativePerplexity, Scorer
 from smdlm.evaluate.mauve import Mauve
 from smdlm.evaluate.samples import SampleMetric, Samples
@@ -55,8 +55,8 @@ class Protocol:
     also: tuple[str, ...] = ("distinct", "repetition", "blank")
 
     def __post_init__(self):
-        if unknown := [name for name in self.also if name not in SAMPLE_METRICS]:
-            raise ValueError(f"--also: got {', '.join(unknown)}, wanted some of {', '.join(SAMPLE_METRICS)}")
+        if unknown := [name for name in self.also if name not in OF_A_FILE]:
+            raise ValueError(f"--also: got {', '.join(unknown)}, wanted some of {', '.join(OF_A_FILE)}")
 
     def filled(self, length: int, steps: int, tokenizer: str) -> Protocol:
         """The protocol with what it leaves open taken from a run.
@@ -110,9 +110,9 @@ class Protocol:
         Raises:
           ValueError: one line; no scorer, or another one.
         """
-        plain = {name: SAMPLE_METRICS[name]() for name in self.also}
+        plain = {name: OF_A_FILE[name]() for name in self.also}
         if self.scorer == "":
-            return {"entropy": SAMPLE_METRICS["entropy"](), **plain}
+            return {"entropy": OF_A_FILE["entropy"](), **plain}
         if scorer is None or self.scorer not in (None, scorer.name):
             raise ValueError(
                 f"protocol {self.name}: got scorer {scorer and scorer.name}, wanted {self.scorer or 'one'}: "

@@ -158,7 +158,8 @@ def known_words(experiment: Experiment) -> frozenset[str]:
     """The words of the training text, of its first two million tokens."""
     blocks = experiment.data.train
     few = range(min(len(blocks), 2**21 // experiment.config.data.seq_len))
-    return frozenset(words(experiment.vocabulary.decode(np.concatenate([blocks[i] for i in few]))))
+    rows = [block[0] if isinstance(block, tuple) else block for block in (blocks[i] for i in few)]  # with its prompt
+    return frozenset(words(experiment.vocabulary.decode(np.concatenate(rows))))
 
 
 def _settings(config: SamplingConfig) -> dict[str, Any]:
@@ -197,7 +198,8 @@ def make_generator(experiment: Experiment) -> Generator:
 def answer_records(experiment: Experiment, generated: Generated) -> list[dict[str, Any]]:
     """What is kept of each answer: the prompt as it was given, text, token ids, seed, passes and settings."""
     settings = _settings(experiment.config.sampling) | dataclasses.asdict(experiment.config.generate)
-    del settings["seed"], settings["prompt"], settings["count"]
+    for field in ("seed", "prompt", "count", "feedback_source", "refresh"):  # of the sampler alone
+        del settings[field]
     return [
         {
             **answer.prompt.given,

@@ -140,7 +140,7 @@ class BlockDecoder:
         if isinstance(self.policy, Revising):
             raise ValueError("sampling.policy: got one that revises what it committed, wanted another to generate with")
         if self.use_feedback and self.denoiser.softmask.everywhere:
-            raise ValueError("softmask.variant: got one that acts on committed positions too, wanted another")
+            raise ValueError("softmask.variant: got one for committed positions, wanted sampling.use_feedback False")
 
     def forwards(
         self,

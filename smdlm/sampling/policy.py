@@ -47,7 +47,7 @@ class Drawing:
 class Revising:
     """Base of the policies that also look at what they committed.
 
-    `draw` then holds a candidate and statistics for every position but the prompt's, and `draw.canvas_prob`, the
+    `draw` then holds statistics for every position but the prompt's, and `draw.canvas_prob`, the
     probability of the token on the canvas, measured with the token visible. A step returns (commit, remask, edit,
     carry): edit [B, L] i32 is the token to write over a committed one, -1 where it stays; a re-masked position is not
     edited.

@@ -133,6 +133,7 @@ def _seen(sampler: Sampler, params: Any, before: Carry, after: Carry) -> tuple[F
         table = denoiser.model.table(params["backbone"])
         _, _, neg_entropy = operator.look_up(omega, table, head, after.canvas, feedback)
         lam = operator.lam(omega, table, feedback, neg_entropy)[..., 0]
+        feedback = feedback.replace(active=feedback.active & (after.canvas == denoiser.mask_id))
         return feedback, jnp.where(feedback.active, lam, 0.0)
     masked = before.canvas == denoiser.mask_id
     feedback = sampler.readout.feedback(head, denoiser(params, before.canvas), masked)

@@ -27,7 +27,7 @@ import jax
 from smdlm import experiment, identity
 from smdlm.build import Experiment, assemble, build
 from smdlm.data.kept import tokenizer_of_run
-from smdlm.evaluate import EVALUATORS, SAMPLE_METRICS
+from smdlm.evaluate import EVALUATORS, OF_A_FILE
 from smdlm.evaluate.genppl import GenerativePerplexity, Scorer
 from smdlm.evaluate.record import Record, read_record, write_record
 from smdlm.evaluate.samples import facts, read_samples
@@ -126,7 +126,7 @@ def _conditions(cell: Cell) -> dict[str, Any]:
 
 
 def _metric(name: str, judge: Scorer | None) -> Any:
-    return GenerativePerplexity(judge) if name == JUDGED else {**EVALUATORS, **SAMPLE_METRICS}[name]()
+    return GenerativePerplexity(judge) if name == JUDGED else {**EVALUATORS, **OF_A_FILE}[name]()
 
 
 def _record_file(workdir: Path, study: Study, judge: Scorer | None, cell: Cell) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smdlm.config import Config, pick, read
-from smdlm.evaluate import EVALUATORS, SAMPLE_METRICS
+from smdlm.evaluate import EVALUATORS, OF_A_FILE
 
 JUDGED = "generative_perplexity"  # the metric that needs study.scorer
 
@@ -66,7 +66,7 @@ class Study:
         if isinstance(self.scores, str) or not self.scores:
             raise ValueError(f"study.scores: got {self.scores!r}, wanted names of values, e.g. ('lab_excess_nats',)")
         for name in self.metrics.split(","):
-            pick("study.metrics", name, {**EVALUATORS, **SAMPLE_METRICS, JUDGED: None})
+            pick("study.metrics", name, {**EVALUATORS, **OF_A_FILE, JUDGED: None})
         for run, grids in self.only.items():
             pick("study.only", run, self.runs)
             for grid in grids:
@@ -111,6 +111,7 @@ class Cell:
         """What samples must have been made of to be this cell's."""
         sampling = self.config.sampling
         settings = {**dataclasses.asdict(sampling), "policy": repr(sampling.policy)}
+        del settings["viewer"]
         made_of = {"weights": self.folder, "updates": self.trained.updates, "sampling": settings}
         return made_of if self.weights == self.run else {**made_of, "softmask": repr(self.config.softmask.operator)}
 

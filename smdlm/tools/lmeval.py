@@ -190,7 +190,8 @@ class Harness:
         """What the model writes behind contexts."""
         sampling = {**self.sampling, "temperature": 0.0} if cold else self.sampling
         records = [{"prompt": context, "seed": seed} for context, seed in zip(contexts, seeds, strict=True)]
-        generated = self.model.generate(records, new_tokens=tokens, batch_size=self.batch, **sampling)
+        fields = {"block": 0, "cache": "none", **sampling}
+        generated = self.model.generate(records, new_tokens=tokens, batch_size=self.batch, **fields)
         return [answer.text for answer in generated.answers]
 
     def _cut(self, context: str, tokens: int) -> str:
