@@ -242,7 +242,8 @@ def test_programs_of_a_config(here, causal):
     for report in (compile_train(config, here), compile_sampler(config, here)):
         total = sum(w.flops for w in report.work)
         assert report.fits and report.peak > report.arguments > 0
-        assert 0.8 < total / report.model_flops < 2, report.program
+        # A sampler also draws what it commits; every loop over rows counts as if it had half of the canvas.
+        assert 0.8 < total / report.model_flops < 2.5, report.program
         readout = [a for a in report.assumed if "chunks of 16 in the readout" in a]
         assert readout == [] or (f"for {1 if causal else 0.5:g} of" in readout[0])
         assert readout or causal  # the AR sampler reads every row out: a known number of chunks
