@@ -53,7 +53,7 @@ def run(given: Any, workdir: Path) -> None:
                 _sample(cell, workdir / cell.folder, samples)
             _score(study, cell, judge, workdir)
             print(f"cell {cell.name}: done, {left} of {len(cells)} left, {time.time() - begin:.0f} s", flush=True)
-            if not left or missing[-left].run_name != cell.folder:
+            if not left or missing[-left].folder != cell.folder:
                 text = _write_page(study, cells, judge, workdir)
         print(text if missing else _write_page(study, cells, judge, workdir))
 
