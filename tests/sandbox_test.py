@@ -248,6 +248,8 @@ def test_what_programs_return_beside_plain_data(namespaces):
         "import numpy as np\ndef f(): return (i * i for i in range(4))\n"
         "def g(): return [np.float32(0.5), np.int64(3), np.bool_(True)]\n"
     )
+    if "No module" in check("import numpy", 20, tests="assert True").status:
+        pytest.skip("run as root the program becomes nobody, who can not read this venv")
     verdict = check(program, 20, tests="assert list(f()) == [0, 1, 4, 9]\nassert g() == [0.5, 3, True]")
     assert verdict.passed, verdict
 

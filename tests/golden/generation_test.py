@@ -172,3 +172,6 @@ def test_draws():
             stored.check(DRAWS, f"s{run['i']}_x0", draw.ids[0])
             size = max(1.0, largest(stored["logits"]) / (filters.temperature or 1.0))
             stored.check(CONFIDENCES, f"s{run['i']}_conf", confidence[0], size=size)
+    for found in stored.matches(r"top_(p|k)_(.*)_keep"):
+        filters = Filters(top_p=float(found[2])) if found[1] == "p" else Filters(top_k=int(found[2]))
+        stored.check(DRAWS, found[0], filters.probs(logits[0]) > 0)
