@@ -1,9 +1,9 @@
-"""A small soft-masked MDLM on the prose of the installed Python's docstrings, in four minutes on two CPU cores.
+"""A small soft-masked MDLM on the prose of the installed Python's docstrings, in under five minutes on two CPU cores.
 
 python -m smdlm.main --config=configs/tiny.py
 
 The gate starts wide open (the paper's start stays shut while a model's entropy is several nats), and Muon replaces
-AdamW for the matrices: with AdamW most of the four minutes pass on a plateau at the unigram level. Expect about 2.15
+AdamW for the matrices: with AdamW most of the time passes on a plateau at the unigram level. Expect about 2.15
 bits/byte; `real_words` is the share of the samples' words of four letters and more that stand in the training text.
 """
 
