@@ -122,6 +122,12 @@ class SamplingConfig:
     def filters(self) -> Filters:
         return Filters(self.temperature, self.top_p, self.top_p_rule, self.top_k)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """As JSON values; without the viewer's file, which changes nothing."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "viewer"}
+        return fields | {"policy": {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:

@@ -49,6 +49,11 @@ class Denoiser:
             return params
         return {**params, "backbone": self.model.join(base, params["backbone"])}
 
+    def flops(self, length: int, read: float = 1.0) -> float:
+        """Of the matrix products of a forward pass of so many tokens, per token: the model's, and those of the head for
+        the share of the tokens that are read out."""
+        return self.model.flops(length) + read * 2.0 * self.model.width * self.vocab_size
+
     def __call__(
         self, params: Any, tokens: jax.Array, feedback: Feedback | None = None, **options: Any
     ) -> jax.Array | tuple[jax.Array, KVCache]:

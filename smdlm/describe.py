@@ -69,13 +69,10 @@ def training_flops(experiment: Experiment) -> float:
     Forward and backward of the loss are three forwards; a soft-masked step has one forward more. About half of the
     positions of a diffusion model are read out, all of an AR model's.
     """
-    config, model = experiment.config, experiment.denoiser.model
-    read = 1.0 if model.causal else 0.5
-    head = 2.0 * model.width * experiment.denoiser.vocab_size * read
+    config, denoiser = experiment.config, experiment.denoiser
     tokens = config.data.batch_size * config.data.seq_len
-    objective = experiment.objective
-    first = objective.p_step * (3 if getattr(objective, "through", False) else 1)
-    return (3 + first) * tokens * (model.flops(config.data.seq_len) + head)
+    first = experiment.objective.p_step * (3 if config.softmask.through else 1)
+    return (3 + first) * tokens * denoiser.flops(config.data.seq_len, 1.0 if denoiser.model.causal else 0.5)
 
 
 def opening(experiment: Experiment, workdir: Path, step: int | None) -> str:

@@ -109,9 +109,8 @@ def score(
     protocol = protocol.filled(config.data.seq_len, config.sampling.steps, config.data.tokenizer)
     judge = load_scorer(scorer, scorer_config) if scorer and protocol.scorer != "" else None
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **protocol.sampling()))
-    sampler = {name: getattr(config.sampling, name) for name in ("use_feedback", "feedback_source")}
-    policy = {"name": type(config.sampling.policy).__name__, **dataclasses.asdict(config.sampling.policy)}
-    drawn = {"protocol": protocol.drawn(), "sampler": {**sampler, "policy": policy}, "checkpoint": found.checkpoint()}
+    sampler = {name: config.sampling.described[name] for name in ("use_feedback", "feedback_source", "policy")}
+    drawn = {"protocol": protocol.drawn(), "sampler": sampler, "checkpoint": found.checkpoint()}
     stem = f"{protocol.name}-nfe{protocol.steps}-{_digest(drawn)}"
     file = there or found.workdir / "samples" / f"{stem}.jsonl"
     judged = {name: facts(metric) for name, metric in protocol.metrics(judge, None).items()}
@@ -174,8 +173,8 @@ def draw(made: Experiment, params: Any, protocol: Protocol, file: Path) -> None:
 
 def flops(made: Experiment) -> float:
     """Of matrix products of one forward of one sample; the head counted at every position, an upper bound."""
-    model, length = made.denoiser.model, made.config.data.seq_len
-    return length * (model.flops(length) + 2.0 * model.width * made.denoiser.vocab_size)
+    length = made.config.data.seq_len
+    return length * made.denoiser.flops(length)
 
 
 def reference_texts(made: Experiment, count: int, cache: Path) -> Samples:

@@ -70,6 +70,11 @@ class ChatData:
         lengths = np.array(self.config.source.lengths(self.config.seq_len))
         return float(lengths[np.searchsorted(lengths, self.train.sizes)].mean())
 
+    def train_ids(self, most: int) -> np.ndarray:
+        """The first conversations of training one behind the other, about `most` tokens."""
+        count = np.searchsorted(np.cumsum(self.train.sizes), most) + 1
+        return np.concatenate([self.train[i][0] for i in range(min(len(self.train), int(count)))])
+
     def train_batches(self, *, batch_size: int, seed: int, start: int, rows: np.ndarray) -> Iterator[Batch]:
         """Batches without an end from number `start` on, of each the given rows; n depends on (seed, n) alone."""
         source = _Batches(self, batch_size, seed, start, rows)

@@ -46,6 +46,10 @@ class TextData:
         """Tokens of a training block."""
         return len(self.train[0])
 
+    def train_ids(self, most: int) -> np.ndarray:
+        """The first blocks of training one behind the other, about `most` tokens."""
+        return np.concatenate([self.train[i] for i in range(min(len(self.train), -(-most // len(self.train[0]))))])
+
     def train_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
         """`batches` without an end."""
         return batches(self.train, **options)

@@ -27,7 +27,7 @@ class Protocol:
       name: of the preset. version: changes whenever a preset comes to mean something else.
       samples: their number. length: tokens of each. steps: nominal NFE.
       batch: samples of one call of the sampler. With the seed it decides every sample's noise, which models share.
-      temperature, top_p, top_p_rule, refresh: of config.sampling. prompt: always none.
+      temperature, top_p, top_p_rule, top_k, refresh: of config.sampling. prompt: always none.
       omega: 'ema', or 'live' beside the averaged backbone, of config.sampling.
       tokenizer: spec of the model's.
       scorer: name (folder) of the model that judges, None for the one that is given, '' for none.
@@ -45,6 +45,7 @@ class Protocol:
     temperature: float = 1.0
     top_p: float = 0.9
     top_p_rule: str = "reference"
+    top_k: int = 0
     refresh: str = "on_change"
     omega: str = "ema"
     tokenizer: str | None = "gpt2"
@@ -76,7 +77,7 @@ class Protocol:
 
     def sampling(self) -> dict[str, Any]:
         """Fields of config.sampling."""
-        names = ("steps", "temperature", "top_p", "top_p_rule", "refresh", "omega", "seed")
+        names = ("steps", "temperature", "top_p", "top_p_rule", "top_k", "refresh", "omega", "seed")
         return {**{name: getattr(self, name) for name in names}, "count": self.batch, "prompt": ""}
 
     def drawn(self) -> dict[str, Any]:

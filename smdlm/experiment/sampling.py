@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from smdlm.build import Experiment
-from smdlm.config import SamplingConfig
 from smdlm.data.sources import Lab
 from smdlm.evaluate import SAMPLE_METRICS
 from smdlm.evaluate.base import Subject, Value
@@ -137,7 +136,7 @@ def write_viewer(experiment: Experiment, params: Any) -> None:
 
 def sample_records(experiment: Experiment, sampled: Sampled) -> list[dict[str, Any]]:
     """What is kept of each sample: text, token ids, seed (with the sample's number in its batch) and settings."""
-    settings = _settings(experiment.config.sampling)
+    settings = experiment.config.sampling.described
     shared = {"seed": settings.pop("seed"), "forwards": sampled.forwards, "settings": settings}
     return [
         {"text": text, "ids": ids.tolist(), "number": i, **shared}
@@ -156,17 +155,7 @@ def sample_values(experiment: Experiment, sampled: Sampled) -> dict[str, Value]:
 
 def known_words(experiment: Experiment) -> frozenset[str]:
     """The words of the training text, of its first two million tokens."""
-    blocks = experiment.data.train
-    few = range(min(len(blocks), 2**21 // experiment.config.data.seq_len))
-    rows = [block[0] if isinstance(block, tuple) else block for block in (blocks[i] for i in few)]  # with its prompt
-    return frozenset(words(experiment.vocabulary.decode(np.concatenate(rows))))
-
-
-def _settings(config: SamplingConfig) -> dict[str, Any]:
-    """config.sampling as JSON values."""
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del settings["viewer"]
-    return settings | {"policy": {"name": type(config.policy).__name__, **dataclasses.asdict(config.policy)}}
+    return frozenset(words(experiment.vocabulary.decode(experiment.data.train_ids(2**21))))
 
 
 # --------------------------------------------------------------------------------------------------------- generating
@@ -197,7 +186,7 @@ def make_generator(experiment: Experiment) -> Generator:
 
 def answer_records(experiment: Experiment, generated: Generated) -> list[dict[str, Any]]:
     """What is kept of each answer: the prompt as it was given, text, token ids, seed, passes and settings."""
-    settings = _settings(experiment.config.sampling) | dataclasses.asdict(experiment.config.generate)
+    settings = experiment.config.sampling.described | dataclasses.asdict(experiment.config.generate)
     for field in ("seed", "prompt", "count", "feedback_source", "refresh"):  # of the sampler alone
         del settings[field]
     return [

@@ -46,16 +46,17 @@ def run(given: Any, workdir: Path) -> None:
     begin, judge = time.time(), _judge(study)
     with owned(workdir, "--workdir"):
         missing = [cell for cell in cells if _record(workdir, study, judge, cell) is None]
-        for left, cell in zip(range(len(missing) - 1, -1, -1), missing, strict=True):
+        for number, cell in enumerate(missing, 1):
             samples = workdir / "cells" / f"{cell.name}.jsonl"
             if not samples.exists():
                 _train(cell, workdir / cell.folder)
                 _sample(cell, workdir / cell.folder, samples)
             _score(study, cell, judge, workdir)
-            print(f"cell {cell.name}: done, {left} of {len(cells)} left, {time.time() - begin:.0f} s", flush=True)
-            if not left or missing[-left].folder != cell.folder:
-                text = _write_page(study, cells, judge, workdir)
-        print(text if missing else _write_page(study, cells, judge, workdir))
+            left, seconds = len(missing) - number, time.time() - begin
+            print(f"cell {cell.name}: done, {left} of {len(cells)} left, {seconds:.0f} s", flush=True)
+            if left and missing[number].folder != cell.folder:
+                _write_page(study, cells, judge, workdir)
+        print(_write_page(study, cells, judge, workdir))
 
 
 def _judge(study: Study) -> Scorer | None:

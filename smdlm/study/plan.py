@@ -109,10 +109,7 @@ class Cell:
     @property
     def drawn(self) -> dict[str, Any]:
         """What samples must have been made of to be this cell's."""
-        sampling = self.config.sampling
-        settings = {**dataclasses.asdict(sampling), "policy": repr(sampling.policy)}
-        del settings["viewer"]
-        made_of = {"weights": self.folder, "updates": self.trained.updates, "sampling": settings}
+        made_of = {"weights": self.folder, "updates": self.trained.updates, "sampling": self.config.sampling.described}
         return made_of if self.weights == self.run else {**made_of, "softmask": repr(self.config.softmask.operator)}
 
     @property

@@ -157,7 +157,7 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
     row["sm_over_binary"] = row["train_sm_ms"] / row["train_binary_ms"]
     row["sampler_over_forward"] = row["sampler_step_ms"] / row["forward_ms"]
     row["tokens_per_s"] = 1e3 * size.batch * size.length / row["train_sm_ms"]
-    row["mfu"] = _mfu(step_flops(denoiser, params, size), row["train_sm_ms"])
+    row["mfu"] = _mfu(step_flops(denoiser, size), row["train_sm_ms"])
     row["parts_ms"] = parts | {"optimizer, EMA and the rest": max(0.0, row["train_sm_ms"] - sum(parts.values()))}
     row["peak_gib"] = peak / 2**30
     return row
@@ -187,10 +187,9 @@ def _parts(denoiser: Denoiser, readout: Readout, params: Any, batch: Any, repeat
     return found
 
 
-def step_flops(denoiser: Denoiser, params: Any, size: Size) -> float:
+def step_flops(denoiser: Denoiser, size: Size) -> float:
     """Of the mathematics of a soft-masked step: pass one, pass two, and twice that for its backward pass."""
-    head = 2 * denoiser.model.head(params["backbone"]).matrix.size / 2  # half of the tokens are read out
-    return 4 * size.batch * size.length * (denoiser.model.flops(size.length) + head)
+    return 4 * size.batch * size.length * denoiser.flops(size.length, read=0.5)
 
 
 def _mfu(flops: float, step_ms: float) -> float | None:

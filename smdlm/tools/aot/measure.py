@@ -266,6 +266,4 @@ def _share(experiment: Experiment) -> float:
 
 def _forward_flops(experiment: Experiment, tokens: int) -> float:
     """Of matrix products: the model's, and those of the head for the tokens that are read out."""
-    head = jax.eval_shape(experiment.denoiser.head, experiment.abstract_whole())
-    per_token = experiment.denoiser.model.flops(experiment.config.data.seq_len)
-    return tokens * (per_token + _share(experiment) * 2 * head.matrix.size)
+    return tokens * experiment.denoiser.flops(experiment.config.data.seq_len, _share(experiment))
