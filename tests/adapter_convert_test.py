@@ -14,11 +14,14 @@ from lora_test import adapters_of
 from safetensors.numpy import save_file
 from sft_test import answers, write_lines
 
+import smdlm
 from smdlm import experiment
 from smdlm.build import build
 from smdlm.config import read
 from smdlm.convert import folders, peft
+from smdlm.convert.files import FileError
 from smdlm.convert.streams import read_folder, read_header
+from smdlm.convert.workdir import check_papers_operator
 from smdlm.experiment import checkpointer_of
 from smdlm.models.lora import LoRA
 from smdlm.optimizer import TrainState
@@ -189,6 +192,31 @@ def test_what_a_run_starts_from_is_imported(adapted):
     assert base.causal and not loaded(folder / "run")[0].causal
     assert not np.array_equal(weights["embed"], loaded(folder / "run")[1]["embed"])
     assert checkpointer_of(folder / "run").read_meta()["mask_id"] == 259
+
+
+def test_what_is_imported_can_be_loaded_without_a_config(adapted):
+    """A scorer: the network as it was released, with the tokenizer beside it."""
+    folder, _ = adapted
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / "base" / "tokenizer" / name).read_bytes() == (folder / "llama" / name).read_bytes()
+    model = smdlm.load(folder / "base")
+    assert model.denoiser.model.causal and model.length == 2048
+    assert model.tokenizer.decode(model.tokenizer.encode("as it was")) == "as it was"
+    leaves = zip(jax.tree.leaves(model.params["backbone"]), jax.tree.leaves(loaded(folder / "base")[1]), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+
+
+def test_only_the_papers_soft_mask_is_exported():
+    """Another operator with the same three numbers would be read as the paper's."""
+
+    def meta(**softmask):
+        return {"config": make_config("text:*.txt", **softmask).to_dict()}
+
+    check_papers_operator("run", meta())
+    check_papers_operator("run", {})  # an import, which has no config
+    for other in ({"mixer": "slerp"}, {"gate": "band"}, {"variant": "stages"}):
+        with pytest.raises(FileError, match="^got run with the soft mask .* the public code has no other"):
+            check_papers_operator("run", meta(**{f"softmask__{name}": value for name, value in other.items()}))
 
 
 def test_an_adapted_network_goes_out_and_comes_back(adapted):

@@ -264,6 +264,16 @@ def test_a_light_model_keeps_what_cudnn_saves(monkeypatch):
     assert [count(remat) for remat in ("none", "light", "block")] == [1, 1, 2]
 
 
+def test_a_program_is_for_the_default_device(monkeypatch):
+    """On a machine with a GPU, beside which a user asks for the CPU."""
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
+    assert traced.platform() == "gpu"
+    for device in ("cpu", cpu):
+        with jax.default_device(device):
+            assert traced.platform() == "cpu"
+
+
 # Meshes
 
 

@@ -122,7 +122,14 @@ OUT_OF_RANGE = {
     **{"sampling__policy": "best", "sampling__temperature": -1.0, "sampling__top_p": 0.0, "sampling__count": 0},
     **{"sampling__omega": "raw", "eval__omega": "new", "sampling__steps": 0, "sampling__refresh": "never"},
     **{"sampling__feedback_source": "all", "sampling__viewer": "run.gif"},
-    **{"sampling__top_p_rule": "hf", "eval__blocks": 0, "eval__batch_size": 0, "eval__draws": 0, "eval__chain": -1},
+    **{
+        "sampling__top_p_rule": "hf",
+        "eval__samples": "pretty",
+        "eval__blocks": 0,
+        "eval__batch_size": 0,
+        "eval__draws": 0,
+        "eval__chain": -1,
+    },
     **{"mesh__data": 0, "mesh__fsdp": -2, "mesh__tensor": 0},
 }
 

@@ -26,6 +26,20 @@ def test_corpus_is_ordered_and_has_no_tests():
     assert corpus.share("argparse.py") == pytest.approx(0.7861274, abs=1e-6)
 
 
+def test_prose_is_the_paragraphs_of_sentences_alone(tmp_path):
+    """Unwrapped, one a line; without columns, examples, signs and what is shorter than a sentence."""
+    kept = "Return the number of items of a list.  Spaces behind\na full stop are no columns."
+    others = (
+        "name      what the column says of it here",
+        ">>> f(1) and then a long line of words",
+        "-- * -- | " * 9,
+        "Short.",
+    )
+    (tmp_path / "a.py").write_text(f'"""{kept}\n\n' + "\n\n".join(others) + '\n"""\n')
+    found = corpus.document_text(tmp_path / "a.py", "prose")
+    assert found == "Return the number of items of a list. Spaces behind a full stop are no columns."
+
+
 def test_docstrings_are_cleaned_and_in_order(tmp_path):
     source = '"""Top.\n\n    Indented.\n"""\n\nclass A:\n    """  Of A."""\n    def f(self):\n        """Of f."""\n'
     source += 'try:\n    def t():\n        "Of t."\nexcept Exception:\n    def e():\n        "Of e."\n'

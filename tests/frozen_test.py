@@ -151,6 +151,7 @@ def test_fields_change_the_step(folder, name):
         ({"adapter__alpha": 0.0}, "alpha 0.0"),
         ({"adapter__kind": "full"}, "adapter.kind: got 'full', wanted one of 'none', 'lora', 'dora', 'softmask'"),
         ({"adapter__kind": "softmask", "softmask__p_sm": 0.0}, "softmask.p_sm: got 0 with adapter.kind 'softmask'"),
+        ({"adapter__kind": "softmask", "softmask__gate": "constant"}, "softmask.gate: got one without parameters"),
     ],
 )
 def test_what_is_refused(folder, changes, message):

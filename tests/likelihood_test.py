@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MASK, READOUT, L, V, make_denoiser, make_params
+from conftest import MASK, READOUT, SOFTMASK, L, V, make_denoiser, make_params
 
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import TimeSampler
 from smdlm.evaluate.base import Subject, Value, ratio, weights
 from smdlm.evaluate.likelihood import Likelihood, _estimators
+from smdlm.feedback.committed import Stages
 from smdlm.io.report import values_table
 from smdlm.objective import NextToken, SoftMaskedDiffusion
 
@@ -193,6 +194,34 @@ class Recorded(Denoiser):
         active = jnp.zeros(tokens.shape, bool) if feedback is None else feedback.active
         jax.debug.callback(lambda *x: self.calls.append(x), tokens, active, ordered=True)
         return super().__call__(params, tokens, feedback, **options)
+
+
+GIVEN = np.arange(L) < 3
+
+
+class Told(Stages):
+    """Has what is given told by the test."""
+
+    def remembering(self, masked, given):
+        return jnp.broadcast_to(~GIVEN, masked.shape)
+
+
+class Forgetting(Stages):
+    """Lets prompts remember."""
+
+    def remembering(self, masked, given):
+        return jnp.ones_like(masked)
+
+
+def test_a_prompt_never_remembers_in_the_carried_bound(params):
+    (batch,) = batches_of(4)
+    batch = {**batch, "frozen": np.broadcast_to(GIVEN, (4, L))}
+
+    def carried(operator):
+        objective = SoftMaskedDiffusion(make_denoiser(operator(gate=SOFTMASK.gate)), READOUT, 0.8)
+        return nats(objective, params, [batch])["carried"].mean
+
+    assert carried(Stages) == carried(Told) != carried(Forgetting)
 
 
 def test_carried_canvases_are_nested(objective, params):

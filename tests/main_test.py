@@ -58,6 +58,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert KEYS <= set(summary) and summary["steps"] == 40
     assert all(isinstance(summary[key], float | int) for key in KEYS)
     assert "two passes (feedback)" in stdout and "--- sample 1" in stdout
+    assert "share (blank)" in stdout and summary["values"]["blank"]["unit"] == "share (blank)"  # eval.samples
     model, data, devices, work, folder, *rest = stdout.splitlines()
     parameters = f"{summary['parameters']:,} parameters, soft-masked (p_sm 0.8, k 3)"
     assert model == f"model    {parameters}" and data.startswith("data     ") and "blocks of 16 tokens" in data

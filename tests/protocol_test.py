@@ -59,6 +59,8 @@ def test_samples_must_be_the_protocols():
         SMALL.check(samples(2))
     with pytest.raises(ValueError, match="samples of 5 tokens, wanted 4"):
         SMALL.check(samples(length=5))
+    with pytest.raises(ValueError, match="drawn with top_k 5, wanted top_k 0"):
+        SMALL.check(samples(top_k=5))
     with pytest.raises(ValueError, match=r"drawn with steps 16, top_p 1.0, wanted steps 8, top_p 0.9"):
         SMALL.check(samples(temperature=1.0, top_p=1.0, steps=16))
 

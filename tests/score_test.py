@@ -1,5 +1,6 @@
 """A run measured from end to end: samples that go on where they were, records, refusals that leave nothing behind."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -230,3 +231,10 @@ def test_compare_needs_no_config_and_fails_in_one_line(result):
     bad = call()
     assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: compare: got 1 results, wanted two")
     assert "Traceback" not in bad.stderr
+
+
+def test_conversations_are_refused_before_anything_is_drawn(fresh):
+    run = dataclasses.replace(fresh, config=types.SimpleNamespace(chat=True))
+    with pytest.raises(ValueError, match="--mode=score: got a run on conversations"):
+        score.score(run, SMALL, None)
+    assert not (fresh.workdir / "samples").exists()

@@ -26,6 +26,7 @@ from smdlm.convert.files import FileError
 from smdlm.convert.streams import Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
 from smdlm.convert.table import Leaf
 from smdlm.convert.workdir import new_workdir, save
+from smdlm.data import pretrained
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.full_softmask import FullSoftMask
 from smdlm.io.checkpoint import checkpointer_of
@@ -35,7 +36,6 @@ from smdlm.softmask import SoftMask
 
 OPERATORS: dict[str, SoftMask | None] = {"topk": SoftMask(), "full": FullSoftMask(), "none": None}
 COPIED = ("config.json", "generation_config.json")
-TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Found:
 
 
 def import_folder(args: argparse.Namespace) -> list[str]:
-    """SRC -> DST/checkpoints (and DST/tokenizer, of a GGUF file); returns the lines to print."""
+    """SRC -> DST/checkpoints and, where SRC has one, DST/tokenizer; returns the lines to print."""
     return import_weights(args.kind, args.src, files.workdir_of(args.dst), args.softmask, args.dtype)
 
 
@@ -85,19 +85,21 @@ def import_weights(
     if kind not in (*FAMILIES, "gguf"):
         raise FileError(f"got a source of kind {kind!r}, wanted one of {', '.join(FAMILIES)}, gguf")
     with new_workdir(workdir) as checkpointer:
-        tokenizer: dict[str, Any] = {}
         if kind == "gguf":
             src = gguf.found(src)
-            tensors, config, tokenizer = gguf.read(src)
+            tensors, config, made = gguf.read(src)
             found = find("decoder", src, tensors, config, dtype)
+            tokenizer = {name: json.dumps(content).encode() for name, content in made.items()}
         else:
             found = find(kind, src, *read_folder(src), dtype)
+            there = [name for name in pretrained.FILES if (src / name).is_file()]
+            tokenizer = {name: (src / name).read_bytes() for name in there} if pretrained.holds_tokenizer(src) else {}
         operator = OPERATORS[softmask or ("none" if found.model.causal else "topk")]
         params = {"backbone": found.tree, "softmask": operator.init() if operator else {}}
         new = [f"softmask/{name}" for name in params["softmask"]]
         save(checkpointer, params, params, {**found.meta, "convert": {**found.meta["convert"], "new": new}})
     for name, content in tokenizer.items():
-        files.write_json(workdir / "tokenizer" / name, content)
+        files.write(workdir / "tokenizer" / name, content)
     also = [f"wrote {workdir / 'tokenizer'}: data.tokenizer=hf:{workdir / 'tokenizer'}"] if tokenizer else []
     return [*found.notes, f"wrote {checkpointer.directory} (step 0)", *also]
 
@@ -133,7 +135,7 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
 
 def _ids(path: Path, config: Mapping[str, Any], rows: int) -> tuple[int, int]:
     """(ids with the mask, mask id): those of the tokenizer's files where there are some, else of config.json."""
-    if any(all((path / name).is_file() for name in names) for names in TOKENIZER):
+    if pretrained.holds_tokenizer(path):
         tokenizer = make_tokenizer(f"hf:{path}")
         ids, mask_id = tokenizer.model_vocab_size, tokenizer.mask_id
         if ids > rows + 1 or (ids > rows and mask_id != rows):
@@ -165,8 +167,9 @@ def export_folder(args: argparse.Namespace) -> list[str]:
     with files.whole(args.dst) as temporary:
         temporary.mkdir()
         count = write_folder(temporary, args.kind, backbone, meta)
-        for file in sorted((workdir / "tokenizer").glob("*.json")):
-            shutil.copyfile(file, temporary / file.name)
+        for file in (workdir / "tokenizer" / name for name in pretrained.FILES):
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
     return [f"wrote {args.dst}: {count} tensors ({which} of step {meta['step']}{also})"]
 
 

@@ -59,6 +59,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _released(folder: Path) -> bool:
+    """Whether it holds what a conversion found beside the weights, and nothing that a run has kept."""
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "smdlm" not in config
+
+
 def tokenizer_of_run(workdir: Path, spec: str) -> Tokenizer:
     """The tokenizer of a run without its corpus.
 
@@ -71,7 +82,7 @@ def tokenizer_of_run(workdir: Path, spec: str) -> Tokenizer:
     check_spec(spec)
     folder = workdir / "tokenizer"
     kind, _, size = spec.partition(":")
-    if folder.exists() and spec != f"hf:{folder}":  # a conversion leaves there what Hugging Face's folder had
+    if folder.exists() and not (kind == "hf" and _released(folder)):
         tokenizer = load_tokenizer(folder)
         # A folder of another's vocabulary may have moved; bytes and sizes are what they are called.
         if tokenizer.name != spec and "hf" not in (kind, tokenizer.name.partition(":")[0]):

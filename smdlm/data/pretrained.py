@@ -76,6 +76,18 @@ def _gpt2_files_from_hub() -> tuple[Path, Path]:
         ) from error
 
 
+# What a folder of Hugging Face holds of a tokenizer, if it has it: all that is read here, and what others read.
+FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `huggingface` finds one there."""
+    return any(all((folder / name).is_file() for name in names) for names in (FILES[:1], FILES[1:3]))
+
+
 def huggingface(spec: str, folder: Path) -> Tokenizer:
     """A local Hugging Face directory."""
     config = {}
