@@ -17,15 +17,15 @@ from configs import tiny
 def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.data = dict(source="stdlib:prose", tokenizer="bpe:512", seq_len=64, batch_size=32)
-    config.train.update(steps=2400, log_every=100, save_every=2400)
-    config.eval = dict(blocks=1024, batch_size=128)
+    config.train.update(steps=1600, log_every=100, save_every=1600)
+    config.eval = dict(metrics="likelihood,decoding_steps", blocks=1024, batch_size=128)
     config.sampling = dict(policy="mdlm", steps=64, temperature=1.0, top_p=0.9, count=16, seed=0)
     config.study = dict(
         runs=dict(
             binary=dict(softmask=dict(p_sm=0.0)),
             softmask=dict(),
             softmask_iso_compute=dict(train=dict(update_budget="iso_compute")),
-            ar=dict(model=dict(causal=True), softmask=dict(p_sm=0.0)),
+            ar=dict(model=dict(causal=True), softmask=dict(p_sm=0.0), eval=dict(metrics="likelihood")),
         ),
         baseline="binary",
         grids=dict(

@@ -11,7 +11,8 @@ from conftest import MASK, READOUT, SOFTMASK, L, V, make_denoiser, make_params
 from smdlm.denoiser import Denoiser
 from smdlm.diffusion import TimeSampler
 from smdlm.evaluate.base import Subject, Value, ratio, weights
-from smdlm.evaluate.likelihood import Likelihood, _estimators
+from smdlm.evaluate.likelihood import Likelihood, _estimators, along_chain
+from smdlm.evaluate.steps import DecodingSteps
 from smdlm.feedback.committed import Stages
 from smdlm.io.report import values_table
 from smdlm.objective import NextToken, SoftMaskedDiffusion
@@ -241,6 +242,38 @@ def test_carried_canvases_are_nested(objective, params):
         np.testing.assert_array_equal(np.asarray(after)[~still], batch["tokens"][~still])
     counts = [np.sum(np.asarray(canvas) == MASK) for canvas, _ in calls]
     assert counts[0] > 0.7 * BATCH * L and counts[-1] < 0.4 * BATCH * L
+
+
+def steps_of(objective, params, batches, **fields):
+    return DecodingSteps(**{"chain": 3, **fields}).run(Subject(objective, params, TOKEN_BYTES, lambda *_: batches))
+
+
+def test_steps_of_decoding_are_those_of_the_carried_bound(objective, params):
+    """Their weighted mean is that bound; without feedback they are what a model without soft-masking costs."""
+    (batch,) = batches_of(BATCH)
+    always = dataclasses.replace(objective, p_sm=1.0)
+    found = steps_of(always, params, [batch])
+    assert list(found) == [f"step_{i}_{name}" for i in (1, 2, 3) for name in ("nats", "gain")]
+    t, nll, masked = along_chain(always, 3, True, params, draw_key(0, 0), numbered(batch))
+    for i in range(3):
+        assert found[f"step_{i + 1}_nats"].mean == pytest.approx(float(nll[i].sum() / masked[i].sum()), rel=1e-5)
+    carried = nats(objective, params, [batch])["carried"].mean
+    np.testing.assert_allclose(jnp.sum(nll / t) / 3 / (BATCH * L), carried, rtol=1e-5)
+    assert np.all(np.diff(t, axis=0) < 0) and np.all(np.diff(masked, axis=0) <= 0)
+
+    plain = SoftMaskedDiffusion(make_denoiser(None), READOUT, 0.0)
+    alone = steps_of(plain, {**params, "softmask": {}}, [batch])
+    assert list(alone) == ["step_1_nats", "step_2_nats", "step_3_nats"]
+    assert found["step_1_gain"].mean == found["step_1_gain"].interval == 0  # nothing is remembered yet
+    for i in (2, 3):
+        gain = alone[f"step_{i}_nats"].mean - found[f"step_{i}_nats"].mean
+        assert found[f"step_{i}_gain"].mean == pytest.approx(gain, abs=1e-5) != 0
+
+
+def test_steps_of_decoding_need_a_chain_and_a_diffusion_model(objective, params, causal):
+    for model, fields in (((objective, params), {"chain": 0}), (causal, {})):
+        with pytest.raises(ValueError, match="got decoding_steps with eval.chain="):
+            steps_of(*model, batches_of(4), **fields)
 
 
 def test_intervals_cover():

@@ -12,8 +12,9 @@ from smdlm import study
 from smdlm.evaluate.base import Value
 from smdlm.evaluate.record import Record, read_record
 from smdlm.evaluate.samples import Ratio, paired
+from smdlm.feedback.gates import EntropyGate
 from smdlm.study.plan import read_study
-from smdlm.study.report import Done, csv_of, page, panels
+from smdlm.study.report import Done, csv_of, page, panels, training_panels
 
 
 def study_config(**changed):
@@ -81,6 +82,22 @@ def test_runs_that_use_the_weights_of_another(tmp_path):
     assert soft.config.softmask.operator is not None and soft.config.softmask.soften
     assert on.trained.train.init_from == str(tmp_path / "binary-seed0") and not binary.trained.train.init_from
     assert dataclasses.replace(soft, config=binary.config).name != soft.name  # another gate is another result
+
+
+def test_training_is_drawn_as_it_ended():
+    """Seeds averaged: nats at each step, and the learned gate at the entropies from 0 to 6 nats."""
+    omega = [{"scale": scale, "centre": -2.0, "steepness": 3.0} for scale in (0.2, 0.4)]
+    values = [{"step_1_nats": {"mean": a}, "step_1_gain": {"mean": 9.0}, "step_2_nats": {"mean": 1.0}} for a in (3, 5)]
+    trained = {
+        "binary": [{"omega": {}, "values": values[0]}],
+        "softmask": [{"omega": o, "values": v} for o, v in zip(omega, values, strict=True)],
+    }
+    steps, gate = training_panels({"softmask": EntropyGate()}, trained)
+    assert {run: list(curve.y) for run, curve in steps.curves.items()} == {"binary": [3, 1], "softmask": [4, 1]}
+    curve = gate.curves["softmask"]
+    at = dict(zip(curve.x, curve.y, strict=True))
+    assert at[2.0] == pytest.approx(0.15, rel=1e-5) and at[0.0] == pytest.approx(0.3 / (1 + np.exp(-6.0)), rel=1e-5)
+    assert training_panels({}, {"ar": [{"omega": {}, "values": {}}]}) == []
 
 
 @pytest.mark.slow

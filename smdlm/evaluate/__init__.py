@@ -4,10 +4,12 @@ from smdlm.evaluate.base import Evaluator
 from smdlm.evaluate.lab import LabLikelihood, LabSamples
 from smdlm.evaluate.likelihood import Likelihood
 from smdlm.evaluate.samples import SampleMetric
+from smdlm.evaluate.steps import DecodingSteps
 from smdlm.evaluate.text import Blank, Code, Distinct, Entropy, RealWords, Repetition
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "likelihood": Likelihood,
+    "decoding_steps": DecodingSteps,
     "lab": LabSamples,
     "lab_likelihood": LabLikelihood,
 }

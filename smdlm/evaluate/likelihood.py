@@ -136,10 +136,22 @@ def _objective_nll(objective: Objective, feedback: bool, params: Any, key: jax.A
 
 
 def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: jax.Array, batch: Any) -> jax.Array:
-    """Nested canvases at t_1 > ... > t_chain, one per stratum of [t_min, t_max], feedback handed down like a sampler's.
+    """Each t of the chain stands for its stratum: the NELBO's integral of (1/t) E[nll] becomes the mean over strata."""
+    t, nll, _ = along_chain(objective, chain, True, params, key, batch)
+    return jnp.mean(objective.schedule.weight(t) * nll, axis=0)
 
-    One uniform per token decides at which t it becomes visible, so each canvas unmasks part of the one before. Each t
-    stands for its stratum: the NELBO's integral of (1/t) E[nll] becomes the mean over strata.
+
+def along_chain(
+    objective: SoftMaskedDiffusion, chain: int, carry: bool, params: Any, key: jax.Array, batch: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Nested canvases at t_1 > ... > t_chain, one per stratum of [t_min, t_max], read as a sampler reads its own.
+
+    One uniform per token decides at which t it becomes visible, so each canvas unmasks part of the one before.
+
+    Args:
+      carry: feedback is handed down from canvas to canvas; else every canvas is read without any.
+    Returns:
+      (t, nll summed over the masked tokens in nats, number of masked tokens that count), each [chain, B].
     """
     denoiser, readout, times = objective.denoiser, objective.readout, objective.times
     tokens = batch["tokens"]
@@ -149,23 +161,28 @@ def _carried_nll(objective: SoftMaskedDiffusion, chain: int, params: Any, key: j
     head, counts = denoiser.head(params), counted(batch)
     attend = batch["attend"][:, None] if "attend" in batch else None
 
-    def body(feedback: Feedback, index: jax.Array) -> tuple[Feedback, jax.Array]:
+    def body(feedback: Feedback | None, index: jax.Array) -> tuple[Feedback | None, tuple[jax.Array, ...]]:
         t = times.t_min + (times.t_max - times.t_min) * (chain - 1 - index + offset) / chain
         masked = threshold < (1 - objective.schedule.alpha(t))[:, None]
         if "frozen" in batch:
             masked &= ~batch["frozen"]
         canvas = jnp.where(masked, denoiser.mask_id, tokens)
         hidden = denoiser(params, canvas, feedback, mask=attend)
-        weights = masked * counts * objective.schedule.weight(t)[:, None]
+        weights = masked * counts
         _, nll = readout.nll(head, hidden, tokens, weights)
+        found = (t, jnp.sum(weights * nll, axis=1), jnp.sum(weights, axis=1))
+        if feedback is None:
+            return None, found
         given = batch.get("frozen", jnp.zeros_like(masked))
         remembering = denoiser.softmask.remembering(masked, given)
         feedback = readout.feedback(head, hidden, remembering).replace(
             forwards=feedback.forwards + 1, time=t - (times.t_max - times.t_min) / chain
         )
-        return denoiser.softmask.attach(feedback, hidden), jnp.sum(weights * nll, axis=1)
+        return denoiser.softmask.attach(feedback, hidden), found
 
-    none = Feedback.none(*tokens.shape, readout.k)
-    none = denoiser.softmask.attach(none, jnp.zeros((*tokens.shape, denoiser.model.width), denoiser.model.dtype))
-    _, nll = jax.lax.scan(body, none, jnp.arange(chain))
-    return nll.mean(0)
+    nothing = None
+    if carry:
+        nothing = Feedback.none(*tokens.shape, readout.k)
+        hidden = jnp.zeros((*tokens.shape, denoiser.model.width), denoiser.model.dtype)
+        nothing = denoiser.softmask.attach(nothing, hidden)
+    return jax.lax.scan(body, nothing, jnp.arange(chain))[1]

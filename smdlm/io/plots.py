@@ -28,12 +28,14 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Curves by their labels. lines: False draws points alone. logarithmic: the x axis."""
+    """Curves by their labels. lines: False draws points alone. marker: of the points, '' for none. logarithmic: the x
+    axis."""
 
     xlabel: str
     ylabel: str
     curves: Mapping[str, Curve]
     lines: bool = True
+    marker: str = "o"
     logarithmic: bool = False
 
 
@@ -74,7 +76,7 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
     figure, axes = _figure(len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         for label, curve in panel.curves.items():
-            style = {"marker": "o", "markersize": 3, "linestyle": "-" if panel.lines else "none"}
+            style = {"marker": panel.marker, "markersize": 3, "linestyle": "-" if panel.lines else "none"}
             axis.errorbar(curve.x, curve.y, yerr=curve.interval, label=label, capsize=2, **style)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.logarithmic and panel.curves:

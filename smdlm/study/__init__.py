@@ -8,7 +8,7 @@ already is not done again, so the same command continues a killed study, and ano
 WORKDIR/RUN-seed0/                           an ordinary workdir
 WORKDIR/cells/RUN-seed0-steps8-KEY.jsonl     the samples of a cell
 WORKDIR/cells/RUN-seed0-steps8-KEY-KEY.json  its values, with .npz: a record, as --mode=compare reads it
-WORKDIR/study.md, .csv, .png                 the page, written anew after every run (report.py)
+WORKDIR/study.md, .csv, .png, training.png   the page, written anew after every run (report.py)
 
 All runs of one seed sample with the same noise, so that their differences come with the interval of the pairs.
 """
@@ -35,7 +35,7 @@ from smdlm.files import owned, sha256, write
 from smdlm.io.plots import draw_panels
 from smdlm.score import load_scorer, work
 from smdlm.study.plan import JUDGED, Cell, Study, digest, read_study
-from smdlm.study.report import Done, csv_of, page, panels
+from smdlm.study.report import Done, csv_of, page, panels, training_panels
 
 
 def run(given: Any, workdir: Path) -> None:
@@ -147,10 +147,15 @@ def _write_page(study: Study, cells: Sequence[Cell], judge: Scorer | None, workd
     """Writes the page, the table of all values and the plots: the page."""
     records = [(cell, _record(workdir, study, judge, cell)) for cell in cells]
     done = [Done(cell.run, cell.seed, cell.changed, record) for cell, record in records if record]
-    text = page(study, done, len(cells), _summaries(cells, workdir))
+    trained = _summaries(cells, workdir)
+    text = page(study, done, len(cells), trained)
     write(workdir / "study.md", text)
     write(workdir / "study.csv", csv_of(done))
     draw_panels(panels(study, done), workdir / "study.png")
+    operators = {cell.weights: cell.trained.softmask.operator for cell in cells}
+    learned = training_panels({run: operator.gate for run, operator in operators.items() if operator}, trained)
+    if learned:
+        draw_panels(learned, workdir / "training.png")
     return text
 
 

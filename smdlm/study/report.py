@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from smdlm.evaluate.record import Record
 from smdlm.evaluate.samples import Ratio, paired
+from smdlm.feedback.gates import EntropyGate, Prediction
 from smdlm.io.plots import Curve, Panel
 from smdlm.study.plan import Study
 
@@ -181,6 +183,32 @@ def panels(study: Study, done: Sequence[Done]) -> list[Panel]:
             curves[run] = Curve(*np.array(pairs).reshape(-1, 2).T.tolist())
         found.append(Panel(study.front, study.scores[0], curves, lines=False))
     return found
+
+
+def training_panels(gates: Mapping[str, Any], trained: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
+    """What the ends of the runs said, seeds averaged: nats at each step of decoding (where eval.metrics has
+    decoding_steps), and the learned gate over entropy. None for a study that has neither.
+
+    Args:
+      gates: {run: the gate of its config}. trained: as of `page`.
+    """
+    steps, learned = {}, {}
+    entropy = np.linspace(0.0, 6.0, 61)
+    for run, summaries in trained.items():
+        values = [one["values"] for one in summaries]
+        names = [name for name in values[0] if name.startswith("step_") and name.endswith("_nats")]
+        if names:
+            means = [[one[name]["mean"] for name in names] for one in values]
+            steps[run] = Curve(range(1, 1 + len(names)), np.mean(means, axis=0).tolist())
+        if type(gates.get(run)) is EntropyGate:  # a band also asks for the time
+            lam = [_gate_over(entropy, dataclasses.replace(gates[run], **one["omega"])) for one in summaries]
+            learned[run] = Curve(entropy.tolist(), np.mean(lam, axis=0).tolist())
+    found = [Panel("step of decoding", "nats/masked token", steps)] if steps else []
+    return found + ([Panel("entropy of the prediction, nats", "λ", learned, marker="")] if learned else [])
+
+
+def _gate_over(entropy: np.ndarray, gate: EntropyGate) -> np.ndarray:
+    return np.asarray(gate(gate.init(), Prediction(-jnp.asarray(entropy, jnp.float32))))
 
 
 def _lines_of(done: Sequence[Done]) -> dict[str, list[list[Done]]]:
