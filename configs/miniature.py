@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
         only=dict(
             binary=("nfe", "temperature"),
             softmask=("nfe", "temperature"),
-            softmask_iso_compute=("nfe", "temperature"),
+            softmask_iso_compute=("nfe",),
             ar=("ar", "ar_temperature"),
         ),
         metrics="generative_perplexity,distinct,repetition,blank",
