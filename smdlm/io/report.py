@@ -14,9 +14,12 @@ def values_table(values: Mapping[str, Value]) -> str:
     units = list(dict.fromkeys(value.unit for value in values.values()))
     labels = list(dict.fromkeys(value.label for value in values.values()))
     cells = {(value.label, value.unit): _cell(value) for value in values.values()}
-    wide = max(map(len, labels), default=0) + 2
-    lines = [f"{'validation':{wide}}" + "".join(f"{unit:>20}" for unit in units)]
-    lines += [f"{label:{wide}}" + "".join(f"{cells.get((label, unit), ''):>20}" for unit in units) for label in labels]
+    wide = 2 + max(map(len, ("validation", *labels)))
+    each = max(20, 2 + max(map(len, (*cells.values(), *units)), default=0))
+    lines = [f"{'validation':{wide}}" + "".join(f"{unit:>{each}}" for unit in units)]
+    lines += [
+        f"{label:{wide}}" + "".join(f"{cells.get((label, unit), ''):>{each}}" for unit in units) for label in labels
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
