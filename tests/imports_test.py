@@ -25,7 +25,7 @@ FLOORS = [
     ["smdlm.denoiser"],
     ["smdlm.objective", "smdlm.sampling"],
     ["smdlm.evaluate"],
-    ["smdlm.io", "smdlm.stop"],
+    ["smdlm.io", "smdlm.meter", "smdlm.stop"],
     ["smdlm.train"],
     ["smdlm.config"],
     ["smdlm.convert", "smdlm.identity"],

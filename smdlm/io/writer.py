@@ -5,6 +5,8 @@
     WORKDIR/samples/         step_00000400.txt, for a person, and .jsonl
     WORKDIR/loss.png, omega.png, summary.json
 
+With config.train.wandb the scalars and the summary also go to Weights & Biases (io/tracking.py).
+
 Nothing here may end a run: whatever fails (full disk, missing package, closed pipe) is reported once and skipped.
 """
 
@@ -25,6 +27,7 @@ from absl import logging
 from smdlm import files
 from smdlm.evaluate.base import Value
 from smdlm.io import plots
+from smdlm.io.tracking import Wandb
 
 OMEGA = "train/omega_"  # what the names of a gate's readable values begin with
 
@@ -45,12 +48,19 @@ class Writer:
         self._warned: set[str] = set()
         self._metrics = None  # metrics.jsonl, opened unbuffered for appending
         self._tensorboard = None
+        self._wandb: Wandb | None = None
         self._start_step = start_step
         self._clock: tuple[int, float] | None = None  # (step, seconds) of the first progress call
         self._bar_open = False  # the cursor stands at the end of a progress bar
         if enabled and start_step is not None:
             with self._guard("metrics.jsonl"):
                 _drop_lines_after(self.workdir / "metrics.jsonl", start_step)
+
+    def track(self, project: str, config: Mapping[str, Any]) -> None:
+        """From here on scalars and summary also go to a project of Weights & Biases. config: kept with the run."""
+        if self.enabled:
+            with self._guard("wandb"):
+                self._wandb = Wandb(project, self.workdir, config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and the same values to TensorBoard; NaN and inf become strings in JSON."""
@@ -62,6 +72,9 @@ class Writer:
         if "tensorboard" not in self._warned:
             with self._guard("tensorboard"):
                 self._append_tensorboard(step, values)
+        if self._wandb and "wandb" not in self._warned:
+            with self._guard("wandb"):
+                self._wandb.log(step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """One line on stdout: rewritten in place on a terminal, appended otherwise. Uses the train/... names."""
@@ -124,9 +137,12 @@ class Writer:
         """Writes summary.json, whole or not at all."""
         if not self.enabled:
             return
+        text = json.dumps(_jsonable(values), indent=2, allow_nan=False, default=str)
         with self._guard("summary.json"):
-            text = json.dumps(_jsonable(values), indent=2, allow_nan=False, default=str)
             files.write(self.workdir / "summary.json", f"{text}\n")
+        if self._wandb and "wandb" not in self._warned:
+            with self._guard("wandb"):
+                self._wandb.summary(json.loads(text))
 
     def close(self) -> None:
         """Closes the files and ends the line of the progress bar."""
@@ -138,7 +154,10 @@ class Writer:
             if file is not None:
                 with self._guard(name):
                     file.close()
-        self._metrics = self._tensorboard = None
+        if self._wandb:
+            with self._guard("wandb"):
+                self._wandb.close()
+        self._metrics = self._tensorboard = self._wandb = None
 
     @contextlib.contextmanager
     def _guard(self, what: str) -> Iterator[None]:
@@ -235,7 +254,10 @@ def _cut_torn_line(file: Any) -> None:
 
 
 def _progress_text(step: int, total: int, values: Mapping[str, float], left: float) -> str:
-    """step 12/1000  loss 3.21  omega s 0.0021 b -0.75 a 6.66  12,345 tokens/s  2:13 left; unknown parts are omitted."""
+    """step 12/1000  loss 3.21  omega s 0.0021 b -0.75 a 6.66  12,345 tokens/s  MFU 41%  goodput 97%  1.2 GiB  2:13 left
+
+    Unknown parts are omitted.
+    """
     parts = [f"step {step}/{total}"]
     if "train/loss" in values:
         parts.append(f"loss {values['train/loss']:.3f}")
@@ -244,6 +266,8 @@ def _progress_text(step: int, total: int, values: Mapping[str, float], left: flo
         parts.append(" ".join(["omega", *omega]))
     if "train/tokens_per_s" in values:
         parts.append(f"{values['train/tokens_per_s']:,.0f} tokens/s")
+    shown = {"train/mfu": "MFU {:.0%}", "train/goodput": "goodput {:.0%}", "train/memory_gib": "{:.1f} GiB"}
+    parts += [form.format(values[name]) for name, form in shown.items() if name in values]
     if math.isfinite(left):
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
