@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from smdlm.evaluate.base import Value
-from smdlm.files import local_path
+from smdlm.files import path_of
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer
 from smdlm.mesh.rules import batch_sharding, replicated
@@ -64,7 +64,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.init_from:
-            local_path("train.init_from", self.init_from)
+            path_of("train.init_from", self.init_from)
         if self.init_import and not (self.init_from and all(self.init_import.partition(":"))):
             raise ValueError(
                 f"train.init_import: got {self.init_import!r} with init_from {self.init_from!r}, wanted 'KIND:SRC', "

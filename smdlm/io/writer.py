@@ -5,6 +5,8 @@
     WORKDIR/samples/         step_00000400.txt, for a person, and .jsonl
     WORKDIR/loss.png, omega.png, summary.json
 
+In a bucket, where nothing can be appended to, metrics.jsonl is written anew with every line; no tensorboard/.
+
 With config.train.wandb the scalars and the summary also go to Weights & Biases (io/tracking.py).
 
 Nothing here may end a run: whatever fails (full disk, missing package, closed pipe) is reported once and skipped.
@@ -42,11 +44,12 @@ class Writer:
     def __init__(
         self, workdir: str | os.PathLike, *, total_steps: int, enabled: bool = True, start_step: int | None = None
     ):
-        self.workdir = Path(workdir)
+        self.workdir = files.as_path(workdir)
         self.total_steps = total_steps
         self.enabled = enabled
         self._warned: set[str] = set()
         self._metrics = None  # metrics.jsonl, opened unbuffered for appending
+        self._lines: bytes | None = None  # the same of a workdir in a bucket: all that is in it
         self._tensorboard = None
         self._wandb: Wandb | None = None
         self._start_step = start_step
@@ -69,7 +72,7 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         with self._guard("metrics.jsonl"):
             self._append(json.dumps({"step": int(step), **_jsonable(values)}, allow_nan=False))
-        if "tensorboard" not in self._warned:
+        if "tensorboard" not in self._warned and not files.is_url(self.workdir):
             with self._guard("tensorboard"):
                 self._append_tensorboard(step, values)
         if self._wandb and "wandb" not in self._warned:
@@ -171,6 +174,9 @@ class Writer:
                 logging.warning("%s cannot be written (%s); the run goes on, this is said once", what, reason)
 
     def _append(self, line: str) -> None:
+        if files.is_url(self.workdir):
+            self._append_object(line)
+            return
         if self._metrics is None:
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.workdir / "metrics.jsonl", "a+b", buffering=0)
@@ -183,6 +189,13 @@ class Writer:
         except OSError:
             self._metrics.truncate(end)  # a full disk must not leave half a line between two good ones
             raise
+
+    def _append_object(self, line: str) -> None:
+        path = self.workdir / "metrics.jsonl"
+        if self._lines is None:
+            self._lines = path.read_bytes() if path.exists() else b""
+        self._lines += line.encode() + b"\n"  # kept where this write fails: the next one makes up for it
+        files.write(path, self._lines)
 
     def _append_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         # Not tensorboardX.SummaryWriter: a full disk ends its thread, then its bounded queue blocks the run for ever.
@@ -211,11 +224,10 @@ def unused_name(folder: Path, stem: str) -> str:
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, numbers as floats ("nan" and "inf" too); lines that are not JSON are skipped."""
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                row = json.loads(line)
-                rows.append({name: int(v) if name == "step" else float(v) for name, v in row.items()})
+    for line in files.as_path(path).read_bytes().decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            row = json.loads(line)
+            rows.append({name: int(v) if name == "step" else float(v) for name, v in row.items()})
     return rows
 
 
