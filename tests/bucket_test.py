@@ -34,9 +34,8 @@ def emulator():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    code = "import sys; from gcp_storage_emulator.server import create_server as make\n"
-    code += "make('localhost', int(sys.argv[1]), in_memory=True, default_bucket='bucket').run()"
-    process = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=subprocess.DEVNULL)
+    program = [sys.executable, str(ROOT / "tests" / "gcs_emulator.py"), str(port)]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)
     variables = {
         "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",  # gcsfs
         "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
