@@ -40,15 +40,16 @@ modes
 flags
   --config=FILE                  the experiment, e.g. configs/tiny.py; its docstring says what to expect
   --config.SECTION.FIELD=VALUE   any field of it; --mode=show lists them, a wrong one is told before anything runs
-  --workdir=DIR                  where everything goes, runs/NAME OF CONFIG if not given
+  --workdir=DIR                  where everything goes (also gs://BUCKET/DIR), runs/NAME OF CONFIG if not given
   --overwrite                    delete the workdir's run and start anew
   --distributed                  one of several processes, each started with this command
   --helpfull                     all flags, also those of the libraries
 
 fields that matter most
-  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, tfds:NAME, stdlib:prose, lab:LAW, chat:FILES, prepared:DIR
+  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, parquet:GLOB, hf:DIR, chat:FILES, prepared:DIR, ..
   --config.data.tokenizer=SPEC        bytes, bpe:SIZE, gpt2, gpt2:DIR, hf:DIR
   --config.train.steps=N              updates
+  --config.train.profile=100:105      an xprof trace of these updates; train.wandb=PROJECT for Weights & Biases
   --config.optimizer.lr=X             peak learning rate
   --config.softmask.p_sm=X            chance of a soft-masked step; 0 trains a binary model (MDLM)
   --config.mesh.fsdp=N                devices over which parameters are split
