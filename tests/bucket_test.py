@@ -285,7 +285,7 @@ def test_prepared_data_is_copied_once_and_checked(folder, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(folder, tmp_path):
-    """Killed in the middle and continued; evaluated, sampled, loaded and begun at from there."""
+    """Killed in the middle and continued; sampled, loaded and begun at from there."""
 
     def call(workdir, *flags):
         found = command(tmp_path / "run", *flags)
@@ -316,7 +316,6 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(folder, tmp_path):
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 20
     assert "holds a finished run" in finish(call(folder / "run"))
-    assert "two passes" in finish(call(folder / "run", "--mode=eval"))
     assert "sample_1.txt" in finish(call(folder / "run", "--mode=sample"))
     out = finish(call(tmp_path / "next", f"--config.train.init_from={folder}/run", "--config.train.steps=4"))
     assert f"starting from step 40 of {folder}/run/checkpoints" in out

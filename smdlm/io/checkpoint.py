@@ -299,7 +299,7 @@ class Checkpointer:
         Orbax does not stop the other writes of that save; what they still leave goes with the next save.
         """
         last = None
-        with contextlib.suppress(OSError):  # the disk may be gone, too
+        with contextlib.suppress(Exception):  # the disk may be gone, too, or the network
             if jax.process_index() == 0:
                 self._drop_leftovers()
             last = self.latest_step()
