@@ -119,6 +119,14 @@ def test_a_split_of_a_folder_validates(forms):
         owners = [owner for owner, _ in with_splits(config)]
         assert owners == ["train"] * 60 + ["val"] * 5, name
     assert texts_of(forms["hf splits"], train_split="test") == ["another"] * 5
+    with pytest.raises(ValueError, match="got no split 'train' in .*wanted one that is there: set data.train_split"):
+        texts_of(forms["hf saved"], val_split="dev")
+
+
+def test_the_name_of_a_file_decides_before_that_of_its_folder(tmp_path):
+    for name, text in (("train", "one"), ("test", "two")):
+        write_arrow(tmp_path / "train" / f"{name}-00000-of-00001.arrow", [text])
+    assert texts_of(f"hf:{tmp_path}") == ["one"] and texts_of(f"hf:{tmp_path}", train_split="test") == ["two"]
 
 
 def test_preparations_of_all_forms_say_the_same_hash(forms, tmp_path, capsys):

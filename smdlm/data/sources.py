@@ -182,9 +182,10 @@ class HuggingFace:
         parts |= {self.val_split: "val"} if self.val_split else {}
         alone = len(parts) == 1 and (folder / "state.json").is_file()  # saved without splits
         for split, meaning in parts.items():
-            # FOLDER/train/data-00000-of-00001.arrow, FOLDER/../train-00000-of-00001.parquet, NAME-train.arrow
-            of_split = re.compile(rf"(^|[-_./]){re.escape(split)}([-_./]|$)")
-            files = [p for p in found if alone or of_split.search(p.relative_to(folder).as_posix())]
+            # NAME-train.arrow, train-00000-of-00001.parquet; else of a folder: FOLDER/train/data-00000-of-00001.arrow
+            of_split = re.compile(rf"(^|[-_.]){re.escape(split)}[-_.]")
+            files = found if alone else [path for path in found if of_split.search(path.name)]
+            files = files or [path for path in found if split in path.relative_to(folder).parts[:-1]]
             if not files:
                 there = ", ".join(sorted(printable(p.relative_to(folder)) for p in found)[:4])
                 raise ValueError(
