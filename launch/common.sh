@@ -62,6 +62,24 @@ workdir_of() {
   fail "flags of smdlm.main: got no --workdir, wanted --workdir=DIR, by which a stopped run is found again"
 }
 
+# finished WORKDIR: whether the run there has written its summary.
+finished() {
+  if [[ $1 == gs://* ]]; then
+    "${PYTHON:-python}" -m smdlm.tools.finished "$1"
+  else
+    [[ -e $1/summary.json ]]
+  fi
+}
+
+# several: adds to `command` what process this is, where COORDINATOR and its companions say so.
+several() {
+  [[ -n ${COORDINATOR:-}${NUM_PROCESSES:-}${PROCESS_ID:-} ]] || return 0
+  need COORDINATOR 'HOST:PORT of process 0'
+  need NUM_PROCESSES 'the number of machines'
+  need PROCESS_ID 'the number of this machine, from 0'
+  command+=(--distributed "--coordinator=$COORDINATOR" "--num_processes=$NUM_PROCESSES" "--process_id=$PROCESS_ID")
+}
+
 # trains FLAGS...: whether the command trains, and so is done only when its summary.json is there.
 trains() {
   [[ " $* " != *" --mode=eval "* && " $* " != *" --mode=sample "* ]]

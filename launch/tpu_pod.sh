@@ -3,14 +3,14 @@
 # preempted creates it anew and runs the same command again, which continues from the last checkpoint.
 #
 #   TPU_NAME=smdlm TPU_ZONE=... TPU_TYPE=v5litepod-16 TPU_VERSION=v2-alpha-tpuv5-lite \
-#     MOUNT='sudo mkdir -p /mnt/shared && sudo mount ADDRESS:/share /mnt/shared' \
-#     launch/tpu_pod.sh [--dry-run] --config=configs/owt.py --workdir=/mnt/shared/owt [FLAGS OF smdlm.main...]
+#     launch/tpu_pod.sh [--dry-run] --config=configs/owt.py --workdir=gs://bucket/owt \
+#     --config.data.source=prepared:gs://bucket/data/owt [FLAGS OF smdlm.main...]
 #   launch/tpu_pod.sh down      deletes the slice
 #
 # TPU_NAME, TPU_ZONE, TPU_TYPE (accelerator type), TPU_VERSION (runtime image): of `gcloud compute tpus tpu-vm create`.
-# MOUNT: a line of shell, run on every worker after the installation, that makes the folder of the workdirs (and of the
-#   data) appear on all of them. Renaming a folder must be atomic there, checkpoints rely on it: NFS, or gcsfuse with a
-#   bucket that has a hierarchical namespace.
+# MOUNT: for a workdir that is no bucket: a line of shell, run on every worker after the installation, that makes its
+#   folder (and that of the data) appear on all of them, e.g. 'sudo mkdir -p /mnt/shared && sudo mount ADDRESS:/share
+#   /mnt/shared'. Renaming a folder must be atomic there, checkpoints rely on it: NFS.
 # TPU_PROJECT (gcloud's default), SPOT=1 (cheap, can be preempted), KEEP=1 (do not delete the slice at the end),
 # RETRIES (3): failures of the command on a healthy slice before giving up; POLL (60): seconds between looks.
 # Keep this script running (tmux, a small VM): it is what watches the slice.
@@ -34,9 +34,14 @@ fi
 
 need TPU_TYPE 'an accelerator type, e.g. v5litepod-16'
 need TPU_VERSION 'a runtime image, e.g. v2-alpha-tpuv5-lite'
-need MOUNT 'a line of shell that mounts the folder that all workers share'
 workdir=$(workdir_of "${ARGS[@]}")
-[[ $workdir == /* ]] || fail "--workdir: got $workdir, wanted the absolute path of a folder that all workers share"
+if [[ $workdir == gs://* ]]; then
+  summary="cd smdlm && ../venv/bin/python -m smdlm.tools.finished $(printf '%q' "$workdir")"
+else
+  need MOUNT 'a line of shell that mounts the folder that all workers share, or a --workdir in gs://'
+  [[ $workdir == /* ]] || fail "--workdir: got $workdir, wanted gs://BUCKET/.. or an absolute path that all workers share"
+  summary="test -e $(printf '%q' "$workdir")/summary.json"
+fi
 
 # on WORKER COMMAND: runs a line of shell on one worker or on 'all'.
 on() {
@@ -73,8 +78,8 @@ install() {
     on all "set -e
       sudo apt-get update -q && sudo apt-get install -yq python3.11 python3.11-venv
       mkdir -p smdlm && tar -xzf smdlm.tar.gz -C smdlm
-      python3.11 -m venv venv && venv/bin/pip install -q -e 'smdlm[tpu]'
-      $MOUNT"
+      python3.11 -m venv venv && venv/bin/pip install -q -e 'smdlm[tpu,gcs]'
+      ${MOUNT:-}"
 }
 
 printf -v flags '%q ' "${ARGS[@]}"
@@ -113,7 +118,7 @@ while :; do
   fi
   if [[ -n $installed ]]; then
     on all "$line" || status=$?
-    if ((status == 0)) && { ! trains "${ARGS[@]}" || on 0 "test -e $(printf '%q' "$workdir")/summary.json"; }; then
+    if ((status == 0)) && { ! trains "${ARGS[@]}" || on 0 "$summary"; }; then
       break
     fi
   fi

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from smdlm.files import local_path, plain_output
+from smdlm.files import is_url, local_path, one_line, plain_output, write
 
 # What absl, ml_collections and a config file raise for a user's mistake.
 MISTAKES = (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, ImportError)
@@ -40,15 +40,16 @@ modes
 flags
   --config=FILE                  the experiment, e.g. configs/tiny.py; its docstring says what to expect
   --config.SECTION.FIELD=VALUE   any field of it; --mode=show lists them, a wrong one is told before anything runs
-  --workdir=DIR                  where everything goes, runs/NAME OF CONFIG if not given
+  --workdir=DIR                  where everything goes (also gs://BUCKET/DIR), runs/NAME OF CONFIG if not given
   --overwrite                    delete the workdir's run and start anew
   --distributed                  one of several processes, each started with this command
   --helpfull                     all flags, also those of the libraries
 
 fields that matter most
-  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, tfds:NAME, stdlib:prose, lab:LAW, chat:FILES, prepared:DIR
+  --config.data.source=SPEC           text:GLOB, jsonl:GLOB, parquet:GLOB, hf:DIR, chat:FILES, prepared:DIR, ..
   --config.data.tokenizer=SPEC        bytes, bpe:SIZE, gpt2, gpt2:DIR, hf:DIR
   --config.train.steps=N              updates
+  --config.train.profile=100:105      an xprof trace of these updates; train.wandb=PROJECT for Weights & Biases
   --config.optimizer.lr=X             peak learning rate
   --config.softmask.p_sm=X            chance of a soft-masked step; 0 trains a binary model (MDLM)
   --config.mesh.fsdp=N                devices over which parameters are split
@@ -261,11 +262,25 @@ def _let_import_neighbours(file: Path) -> None:
 
 def check_folder(flag: str, folder: Path) -> None:
     """ValueError, before hours of work, if nothing can be written there; makes no folder."""
+    if is_url(folder):
+        _check_bucket(flag, folder)
+        return
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ValueError(f"{flag}: got {folder} ({error.strerror}), wanted a folder that can be written") from error
+
+
+def _check_bucket(flag: str, folder: Path) -> None:
+    try:
+        write(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
+    except Exception as error:  # gcsfs and the libraries below it have families of their own
+        raise ValueError(
+            f"{flag}: got {folder} ({one_line(error)}), wanted a folder of a bucket that can be written: see that the "
+            "bucket exists, and `gcloud auth application-default login`"
+        ) from error
 
 
 def check_file(flag: str, file: Path) -> None:

@@ -14,6 +14,7 @@ import jax
 from smdlm import command
 from smdlm.build import Experiment
 from smdlm.config import CHOICES, SECTIONS, Config
+from smdlm.files import is_url
 from smdlm.identity import flat
 from smdlm.io import report
 
@@ -107,7 +108,8 @@ def amount(x: float) -> str:
 def ending(summary: Mapping[str, Any], workdir: Path, causal: bool) -> str:
     """The last lines of a training run: its summary, and commands for its workdir."""
     name = f"--workdir={workdir}"
-    changes = [] if causal else [f"--config.sampling.viewer={workdir / 'run.html'}"]
+    page = "run.html" if is_url(workdir) else workdir / "run.html"
+    changes = [] if causal else [f"--config.sampling.viewer={page}"]
     lines = [command.again(name, "--mode=sample", "--config.sampling.prompt=Return the ", *changes)]
     lines.append(command.again(name, "--mode=eval"))
     lines.append(

@@ -1,4 +1,7 @@
-"""Files and terminals, once each for the package: atomic writes, hashes, paths, locks, plain text. No jax."""
+"""Files and terminals, once each for the package: atomic writes, hashes, paths, locks, plain text. No jax.
+
+A path is a `pathlib.Path`, or one in a bucket that behaves like it (`path_of`); what differs between them is here.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
+
+from smdlm import buckets
 
 
 @contextlib.contextmanager
@@ -40,8 +45,12 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 def write(path: str | os.PathLike, content: bytes | str) -> None:
     """Writes a file whole or not at all; makes its folder. OSError."""
+    content = content if isinstance(content, bytes) else content.encode("utf-8")
+    if is_url(path):
+        as_path(path).write_bytes(content)
+        return
     with whole(path) as temporary:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -51,7 +60,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -62,21 +71,78 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def local_path(what: str, text: str | os.PathLike) -> Path:
-    """The path that a person wrote, with '~' as the home folder; every path of the package comes through here.
+    """The path on this machine that a person wrote, with '~' as the home folder.
 
     Raises:
       ValueError: a URL, which would silently become a local folder named 'gs:'. what: the flag or field, for the line.
     """
     if not isinstance(text, (str, os.PathLike)) or not str(text):
         raise ValueError(f"{what}: got {text!r}, wanted a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(text)):
+    if is_url(text):
         raise ValueError(
-            f"{what}: got the URL {text}, wanted a local path: mount the bucket (gcsfuse, s3fs) and name its folder"
+            f"{what}: got the URL {text}, wanted a local path: copy it, or mount the bucket (gcsfuse, s3fs) "
+            "and name its folder"
         )
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{what}: got {text} ({error}), wanted a path") from None
+
+
+def path_of(what: str, text: str | os.PathLike) -> Path:
+    """The same where a folder may also be in a bucket: gs://BUCKET/..; ValueError for other URLs, and without gcsfs."""
+    if not is_bucket(text):
+        return local_path(what, text)
+    if not re.fullmatch(r"gs://[^/]+(/.*)?", os.fspath(text)):
+        raise ValueError(f"{what}: got {text}, wanted gs://BUCKET/FOLDER")
+    try:
+        return buckets.path(os.fspath(text))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """A path as an object: what `path_of` or `local_path` made stays as it is."""
+    return path if isinstance(path, PurePath) else path_of("path", path)
+
+
+def is_bucket(path: Any) -> bool:
+    """Whether it is meant to be in a bucket that `path_of` takes."""
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith("gs:/")
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether it is in a bucket and not on this machine."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)))
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the files of a folder, one by one and each whole, beside what is in `target`. OSError."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            write(target / path.relative_to(source).as_posix(), path.read_bytes())
+
+
+def size(path: Path) -> int:
+    """Bytes of a file."""
+    found = path.stat()
+    return found.length if is_url(path) else found.st_size
+
+
+def tree(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it with '/', sorted."""
+    if not is_url(folder):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return buckets.tree(str(folder))
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder and all in it, as far as that is possible."""
+    if is_url(folder):
+        with contextlib.suppress(OSError):
+            folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def workdir_of(path: Path) -> Path:
@@ -110,11 +176,16 @@ def owned(folder: Path, what: str) -> Iterator[None]:
     """Makes this process the only one that writes a folder; others may read it meanwhile.
 
     By a lock of the operating system on FOLDER/.lock, which ends with the process however it ends. The folder is made,
-    and taken away again if nothing was written. Where a file system has no locks nothing is prevented.
+    and taken away again if nothing was written. Where a file system has no locks nothing is prevented. In a bucket
+    the lock is an object with signs of life (`buckets.leased`).
 
     Raises:
       ValueError: another process has it; names its pid and host. what: the flag, for the line.
     """
+    if is_url(folder):
+        with buckets.leased(folder / LOCK, lambda owner: _taken(what, folder, owner)):
+            yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = _locked(folder, what)
     try:
@@ -126,6 +197,13 @@ def owned(folder: Path, what: str) -> Iterator[None]:
             folder.rmdir()  # only if it is empty
 
 
+def _taken(what: str, folder: Path, owner: str) -> ValueError:
+    return ValueError(
+        f"{what}: got {folder}, which {owner} is writing, wanted a folder of its own: wait for it, stop it, or name "
+        "another one"
+    )
+
+
 def _locked(folder: Path, what: str) -> IO[str]:
     """The open lock file, with the owner's name in it."""
     path = folder / LOCK
@@ -135,11 +213,7 @@ def _locked(folder: Path, what: str) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(
-                f"{what}: got {folder}, which {owner} is writing, wanted a folder of its own: wait for it, stop it, or "
-                "name another one"
-            ) from None
+            raise _taken(what, folder, file.read().strip() or "another process") from None
         except OSError:
             return file
         # The owner before may have taken the file away between our opening and locking it.

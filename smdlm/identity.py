@@ -20,7 +20,7 @@ from smdlm.train import NonFinite
 # Sections and fields that do not change what the weights become.
 FREE_SECTIONS = {"sampling", "generate", "eval", "mesh"}
 FREE_FIELDS = {f"train.{name}" for name in ("steps", "log_every", "save_every", "eval_every", "keep", "accumulate")}
-FREE_FIELDS |= {"train.init_import"}  # its weights are those of init_from
+FREE_FIELDS |= {"train.init_import", "train.profile", "train.wandb"}  # the weights imported are those of init_from
 DIVERGED = "diverged"  # a file in the workdir: training ended with NaN or inf, and waits for another optimizer
 
 

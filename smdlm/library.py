@@ -19,7 +19,7 @@ from smdlm.data.kept import tokenizer_of_run
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
-from smdlm.files import local_path
+from smdlm.files import local_path, path_of
 from smdlm.io import viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
@@ -40,7 +40,7 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
     Raises:
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
     """
-    workdir = local_path("workdir", workdir)
+    workdir = path_of("workdir", workdir)
     checkpointer = experiment.checkpointer_of(workdir)
     if checkpointer.latest_step() is None:
         raise FileNotFoundError(f"got no checkpoint in {checkpointer.directory}, wanted a trained run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -15,10 +14,12 @@ from smdlm.build import assemble, build
 from smdlm.config import Config, read
 from smdlm.data.kept import tokenizer_of_run
 from smdlm.evaluate.compare import compare
-from smdlm.files import local_path, owned
+from smdlm.files import is_url, owned, path_of, remove_tree
 from smdlm.io import report
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer, unused_name
+
+IN_BUCKETS = ("train", "eval", "sample")  # modes whose workdir may be gs://BUCKET/FOLDER
 
 
 def define_flags() -> None:
@@ -39,7 +40,9 @@ def main(*results: str) -> None:
     if given.mode == "show":
         file = command.load_config(command.config_file())
         return print(describe.settings(config, read(file), file.to_dict()))
-    workdir = local_path("--workdir", f"runs/{command.config_name()}" if given.workdir is None else given.workdir)
+    workdir = path_of("--workdir", f"runs/{command.config_name()}" if given.workdir is None else given.workdir)
+    if is_url(workdir) and given.mode not in IN_BUCKETS:
+        raise ValueError(f"--workdir: got {workdir} with --mode={given.mode}, wanted a copy on this machine")
     startup.prepare(workdir.parent / "compiled")
     startup.join_if(given.distributed, given.coordinator, given.num_processes, given.process_id)
     if given.mode != "eval":
@@ -73,7 +76,7 @@ def _train(config: Config, workdir: Path, checkpointer: Checkpointer, snapshot: 
         experiment.init_source(config.train)  # before the data is read, which may need its tokenizer
     with owned(workdir, "--workdir") if chief else contextlib.nullcontext():
         if overwrite and chief:
-            shutil.rmtree(checkpointer.directory, ignore_errors=True)
+            remove_tree(checkpointer.directory)
             (workdir / "summary.json").unlink(missing_ok=True)
         made = build(config, workdir)
         facts = {"tokenizer": made.vocabulary.fingerprint, "content_hash": made.data.content_hash}

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from smdlm.files import local_path
+from smdlm.files import is_url, local_path, write
 
 
 def prepare(compiled: Path) -> None:
@@ -70,8 +70,7 @@ def meet(workdir: Path, **facts: Any) -> None:
     token = int(multihost_utils.process_allgather(np.uint32(secrets.randbits(32)))[0])
     file = workdir / f".process-0-{token:08x}"
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        write(file, b"")
     multihost_utils.sync_global_devices("smdlm_meet")
     facts = {"content of --workdir (a folder that all hosts share)": file.exists(), **facts}
     digests = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:8], 16) for value in facts.values()]
@@ -92,7 +91,7 @@ def keep_compiled(folder: Path) -> None:
     """
     if given := os.environ.get("SMDLM_CACHE"):
         given = str(local_path("SMDLM_CACHE", given))
-    chosen = given or jax.config.jax_compilation_cache_dir or str(folder.absolute())
+    chosen = given or jax.config.jax_compilation_cache_dir or str(folder if is_url(folder) else folder.absolute())
     try:
         if "://" not in chosen:  # jax's own setting may name a bucket
             Path(chosen).mkdir(parents=True, exist_ok=True)

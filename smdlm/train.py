@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from smdlm.evaluate.base import Value
-from smdlm.files import local_path
+from smdlm.files import path_of
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer
 from smdlm.mesh.rules import batch_sharding, replicated
+from smdlm.meter import Meter, Profile, profiled_steps
 from smdlm.objective import Objective
 from smdlm.optimizer import TrainState, update_ema
 from smdlm.stop import StopSignal
@@ -41,6 +41,8 @@ class TrainConfig:
       seed: of parameters, noise and dropout.
       init_from: workdir whose newest raw weights a new run starts from, '' for random ones.
       init_import: 'KIND:SRC', what `smdlm.convert import KIND SRC` makes of init_from where there is nothing yet.
+      profile: 'FIRST:LAST', e.g. '100:105': an xprof trace of the updates behind FIRST up to LAST; '' for none.
+      wandb: a project of Weights & Biases to which metrics go as well; '' for none.
     """
 
     steps: int
@@ -54,18 +56,21 @@ class TrainConfig:
     seed: int = 0
     init_from: str = ""
     init_import: str = ""
+    profile: str = ""
+    wandb: str = ""
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, wanted at least 1")
         if self.init_from:
-            local_path("train.init_from", self.init_from)
+            path_of("train.init_from", self.init_from)
         if self.init_import and not (self.init_from and all(self.init_import.partition(":"))):
             raise ValueError(
                 f"train.init_import: got {self.init_import!r} with init_from {self.init_from!r}, wanted 'KIND:SRC', "
                 "and init_from as the place for it"
             )
+        profiled_steps(self.profile)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed: got {self.seed}, wanted 0 <= seed < 2**32")
         if self.update_budget not in ("iso_update", "iso_compute"):
@@ -173,9 +178,10 @@ class Training:
       step_fn: as from `make_train_step`, with its base bound to it, if it has one.
       batches: of this process, from the update at which the loop begins.
       put: moves a batch to the devices.
-      tokens_per_batch: over all processes.
+      tokens_per_batch: over all processes. flops_per_batch: the same, of an update, by count.
       meta: of the checkpoints, asked anew for each.
       evaluate: of a state, at config.eval_every; the loop only passes it to the writer.
+      profile: where config.profile goes, on the process that writes.
     """
 
     config: TrainConfig
@@ -188,6 +194,8 @@ class Training:
     writer: Writer
     meta: Callable[[], dict[str, Any]]
     evaluate: Callable[[TrainState], Mapping[str, Value]]
+    flops_per_batch: float = 0.0
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 def run(state: TrainState, training: Training, pending: Sequence[dict[str, float]] = ()) -> tuple[TrainState, float]:
@@ -204,12 +212,13 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
       SystemExit: after a signal, with the state saved.
     """
     config, writer, checkpointer = training.config, training.writer, training.checkpointer
-    clock, pending = _Clock(training.tokens_per_batch), list(pending)
-    with StopSignal() as stop:
+    meter, pending = Meter(training.tokens_per_batch, training.flops_per_batch), list(pending)
+    with StopSignal() as stop, training.profile as profile:
         for step in range(int(state.step) + 1, training.steps + 1):
             state, metrics = training.step_fn(state, training.put(next(training.batches)))
             pending.append(metrics)
-            clock.step(metrics)
+            meter.step(metrics)
+            profile.step(step, metrics)
             last, stopped = step == training.steps, stop.reached(step)
             log = last or step % config.log_every == 0
             if not (log or stopped):
@@ -219,11 +228,11 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
             if not np.isfinite(values["train/loss"]):
                 what = f"loss {values['train/loss']} between steps {step - len(pending) + 1} and {step}"
                 raise _non_finite(what, checkpointer)
-            values["train/tokens_per_s"] = clock.stop()
+            values |= meter.stop()
             if log:
                 writer.scalars(step, values)
                 writer.progress(step, values)
-                if estimate := clock.estimate(training.steps - step):
+                if estimate := meter.estimate(training.steps - step):
                     writer.line(estimate)
                 pending = []
             if step % config.save_every == 0 or last or stopped:
@@ -239,8 +248,8 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
                 raise SystemExit(0)
             if config.eval_every and step % config.eval_every == 0 and not last:
                 writer.values(step, training.evaluate(state))
-            clock.start()
-    return state, clock.tokens_per_s
+            meter.start()
+    return state, meter.tokens_per_s
 
 
 def _non_finite(what: str, checkpointer: Checkpointer) -> NonFinite:
@@ -276,47 +285,3 @@ def check_saved(checkpointer: Checkpointer, step: int) -> None:
             f"the weights of step {step} were not saved (newest: {'none' if newest is None else newest}): the warning "
             "above says why; mend it and run the same command"
         )
-
-
-class _Clock:
-    """Tokens per second of the steps alone: the first (it compiles), saving and evaluating are left out."""
-
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
-        self._begin: float | None = None  # of the steps since the last `start`
-        self._steps, self._seconds = 0, 0.0  # since then; in all
-        self._all_steps = 0
-        self._estimated = False
-
-    def step(self, metrics: Any) -> None:
-        """A step was dispatched; `metrics` are its results."""
-        if self._begin is None:
-            jax.block_until_ready(metrics)
-            self.start()
-        else:
-            self._steps += 1
-
-    def stop(self) -> float:
-        """Tokens per second since the last `start`; everything dispatched must be done."""
-        seconds = time.perf_counter() - self._begin
-        self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + self._steps
-        return self._tokens_per_step * self._steps / max(seconds, 1e-9)
-
-    def start(self) -> None:
-        self._begin, self._steps = time.perf_counter(), 0
-
-    def estimate(self, left: int) -> str:
-        """How long the updates that are left will take, said once, after the first that were timed; '' otherwise."""
-        if self._estimated or not self._all_steps or not left:
-            return ""
-        self._estimated = True
-        seconds = left * self._seconds / self._all_steps
-        unit, name = next(
-            (u, n) for u, n in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= u or u == 1
-        )
-        return f"about {seconds / unit:.1f} {name} for the {left:,} updates left (evaluation and saving not counted)"
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Over all steps; 0 if only one was run."""
-        return self._tokens_per_step * self._all_steps / self._seconds if self._all_steps else 0.0

@@ -18,9 +18,10 @@ from configs import ar_tiny, dream_sft, tiny
 from smdlm.build import assemble
 from smdlm.config import read
 from smdlm.data.vocabulary import Vocabulary
+from smdlm.mesh.chips import CHIPS
 from smdlm.objective import SoftMaskedDiffusion
 from smdlm.tools.aot import hlo, measure
-from smdlm.tools.aot.chips import CHIPS, Topology
+from smdlm.tools.aot.chips import Topology
 from smdlm.tools.aot.costs import Costs, Work
 from smdlm.tools.aot.hlo import Loop
 from smdlm.tools.aot.measure import compile_sampler, compile_train, largest_batch

@@ -214,7 +214,7 @@ OTHER = {  # values that the rest of the section allows, where a little more tha
         **{"first": 0.5, "last": 0.5},
     },
     "sampling": {"detector": "better", "threshold": 0.5, "edit_threshold": 0.5},
-    "data": {"buckets": "8,16"},
+    "data": {"buckets": "8,16", "held_out": "test", "rules": "lm1b"},
 }
 
 

@@ -51,7 +51,7 @@ def test_killed_preparation_continues_to_the_same_files(tmp_path, monkeypatch, w
     config = shard_config(tmp_path, framing="bos_eos")
     prepare.prepare(config, prepare.Output(tmp_path / "straight", SMALL))
     total = len(files_of(tmp_path / "straight")) - 1
-    close, calls = prepare._Shard.close, []
+    close, calls = prepare.Shard.close, []
 
     def dying_close(shard):
         """Every second shard dies with the process: before its file has its name, or just after."""
@@ -63,7 +63,7 @@ def test_killed_preparation_continues_to_the_same_files(tmp_path, monkeypatch, w
             raise Killed
         return line
 
-    monkeypatch.setattr(prepare._Shard, "close", dying_close)
+    monkeypatch.setattr(prepare.Shard, "close", dying_close)
     for _ in range(total + 1):
         try:
             prepare.prepare(config, prepare.Output(tmp_path / "out", SMALL))

@@ -10,7 +10,7 @@ from smdlm import command, describe
 from smdlm.build import assemble
 from smdlm.config import read
 from smdlm.data.vocabulary import Vocabulary
-from smdlm.train import _Clock
+from smdlm.meter import Meter
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_a_command_again_keeps_what_is_not_changed(monkeypatch):
 
 
 def test_time_is_estimated_once_from_timed_steps(monkeypatch):
-    now = iter([0.0, 10.0])
+    now = iter([0.0, 0.0, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = _Clock(100)
+    clock = Meter(100)
     assert clock.estimate(50) == ""  # nothing was timed yet
     for _ in range(6):
         clock.step(jax.numpy.zeros(()))  # the first compiles

@@ -19,6 +19,13 @@ def test_a_url_is_no_path(text):
         files.local_path("--workdir", text)
 
 
+@pytest.mark.parametrize("text", ["s3://b/x", "https://x/y", "file:///tmp/x"])
+def test_other_urls_are_no_path_where_a_bucket_would_be(text):
+    with pytest.raises(ValueError, match=f"--workdir: got the URL {text}, wanted a local path"):
+        files.path_of("--workdir", text)
+    assert files.path_of("--workdir", "runs/a") == files.as_path("runs/a") == Path("runs/a")
+
+
 @pytest.mark.parametrize("text", ["", None, 5, {}])
 def test_nothing_is_no_path(text):
     with pytest.raises(ValueError, match="--workdir: got .*, wanted a path"):

@@ -60,6 +60,7 @@ DIFFERENT = {
 }  # fmt: skip
 FREE = {
     "train.steps": 9, "train.log_every": 2, "train.save_every": 4, "train.eval_every": 2, "train.keep": 7,
+    "train.profile": "1:2", "train.wandb": "x",
     "train.accumulate": 2, "sampling.steps": 9, "eval.blocks": 2, "mesh.fsdp": 1,
 }  # fmt: skip
 

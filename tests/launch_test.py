@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from smdlm.config import read
+from smdlm.tools import finished
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -75,7 +76,7 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["gpu.sh", "slurm.sh", "tpu_pod.sh", *NUMBERED])
+@pytest.mark.parametrize("script", ["gpu.sh", "job.sh", "slurm.sh", "tpu_pod.sh", *NUMBERED])
 def test_a_dry_run_calls_nothing_and_help_explains(launch, script):
     flags = [] if script in NUMBERED else ["--config=configs/owt.py", "--workdir=/s/run"]
     done, calls = launch(script, "--dry-run", *flags, **POD)
@@ -117,7 +118,7 @@ def pod(launch, tmp_path, states, failures, *flags, **environment):
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     (tmp_path / "failures").write_text(str(failures))
     flags = flags or ("--config=configs/owt.py", "--workdir=/s/run", "--config.sampling.prompt=Return the ")
-    return launch("tpu_pod.sh", *flags, fakes={"gcloud": GCLOUD}, **POD, **environment)
+    return launch("tpu_pod.sh", *flags, fakes={"gcloud": GCLOUD}, **{**POD, **environment})
 
 
 def test_a_preempted_slice_is_made_anew_and_runs_the_same_command(launch, tmp_path):
@@ -135,6 +136,56 @@ def test_a_preempted_slice_is_made_anew_and_runs_the_same_command(launch, tmp_pa
     remote = shlex.split(ran[-1].removeprefix("--command="))
     assert remote[-4:] == ["--distributed", "--config=configs/owt.py", "--workdir=/s/run",
                            "--config.sampling.prompt=Return the "]  # fmt: skip
+
+
+def test_a_pod_with_a_bucket_needs_no_mount(launch, tmp_path):
+    flags = ("--config=configs/owt.py", "--workdir=gs://bucket/a run")
+    done, calls = pod(launch, tmp_path, ["READY"], 0, *flags, MOUNT="")
+    assert done.returncode == 0, done.stderr
+    installed, ran, looked = [call[-1].removeprefix("--command=") for call in calls if "ssh" in call]
+    assert "'smdlm[tpu,gcs]'" in installed and shlex.split(ran)[-1] == "--workdir=gs://bucket/a run"
+    assert shlex.split(looked)[-3:] == ["-m", "smdlm.tools.finished", "gs://bucket/a run"]
+
+
+@pytest.mark.parametrize(
+    ("status", "summary", "mode", "wanted"),
+    [
+        (0, True, "train", 0),
+        (0, False, "train", 75),
+        (0, False, "eval", 0),
+        (2, False, "train", 2),
+        (1, True, "train", 1),
+    ],
+)
+def test_a_job_says_by_its_status_whether_to_start_it_again(launch, tmp_path, status, summary, mode, wanted):
+    run = tmp_path / "run"
+    run.mkdir()
+    if summary:
+        (run / "summary.json").touch()
+    flags = ["--config=configs/owt.py", f"--workdir={run}", f"--mode={mode}"]
+    done, calls = launch("job.sh", *flags, fakes={"python": f"exit {status}"})
+    assert done.returncode == wanted and calls == [["python", "-m", "smdlm.main", *flags]]
+
+
+def test_a_job_of_several_processes(launch, tmp_path):
+    flags = ["--config=configs/owt.py", "--workdir=gs://bucket/run"]
+    done, calls = launch("job.sh", *flags, DISTRIBUTED="1")
+    assert done.returncode == 0  # the fake says that the run in the bucket is finished
+    looked = ["python", "-m", "smdlm.tools.finished", "gs://bucket/run"]
+    assert calls == [["python", "-m", "smdlm.main", *flags, "--distributed"], looked]
+    done, calls = launch("job.sh", *flags, COORDINATOR="host:1", NUM_PROCESSES="2", PROCESS_ID="1", DISTRIBUTED="1")
+    assert calls[0][5:] == ["--distributed", "--coordinator=host:1", "--num_processes=2", "--process_id=1"]
+    gone = 'case "$*" in *finished*) exit 1 ;; esac'
+    done, calls = launch("job.sh", *flags, fakes={"python": gone})
+    assert done.returncode == 75
+
+
+def test_whether_a_run_is_finished(tmp_path, capsys):
+    assert finished.main([str(tmp_path)]) == 1
+    (tmp_path / "summary.json").touch()
+    assert finished.main([str(tmp_path)]) == 0
+    assert finished.main(["s3://bucket/run"]) == 2 and "got the URL s3://bucket/run" in capsys.readouterr().err
+    assert finished.main([]) == 2
 
 
 def test_a_command_that_fails_on_a_healthy_slice_is_given_up(launch, tmp_path):

@@ -240,5 +240,5 @@ def test_the_lines_of_the_readme(model, monkeypatch, capsys):
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="got no checkpoint in .*wanted a trained run"):
         smdlm.load(tmp_path)
-    with pytest.raises(ValueError, match="workdir: got the URL gs://bucket/run"):
-        smdlm.load("gs://bucket/run")
+    with pytest.raises(ValueError, match="workdir: got the URL s3://bucket/run"):
+        smdlm.load("s3://bucket/run")

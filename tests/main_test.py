@@ -35,8 +35,11 @@ def command(workdir, *extra):
     ]  # fmt: skip
 
 
-def call(workdir, *extra):
-    return subprocess.run(command(workdir, *extra), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def call(workdir, *extra, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        command(workdir, *extra), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def curve(workdir):
@@ -44,10 +47,33 @@ def curve(workdir):
     return [(row["step"], row["train/loss"], row["train/omega_s"]) for row in rows if "train/loss" in row]
 
 
+# A stand-in for the package, which writes what it is told into the workdir.
+WANDB = """
+import json
+
+class Settings(dict):
+    pass
+
+class init:
+    def __init__(self, **given):
+        self.file, self.summary = open(given["dir"] + "/stub.jsonl", "w"), {}
+        self.log({"project": given["project"], "seed": given["config"]["train"]["seed"]}, 0)
+
+    def log(self, values, step):
+        print(json.dumps({"step": step, **values}), file=self.file)
+
+    def finish(self):
+        self.log(self.summary, -1)
+        self.file.close()
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("main") / "run"
-    done = call(workdir)
+    workdir, stub = tmp_path_factory.mktemp("main") / "run", tmp_path_factory.mktemp("stub")
+    (stub / "wandb.py").write_text(WANDB)
+    flags = ("--config.train.profile=4:6", "--config.train.wandb=project")
+    done = call(workdir, *flags, PYTHONPATH=os.pathsep.join([str(stub), str(ROOT)]))
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -69,6 +95,11 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert len(steps) == 3 and all(str(workdir) in line for line in steps) and "--mode=eval" in steps[1]
     for line in steps[:2]:  # they can be pasted
         assert shlex.split(line)[:5] == ["python", *command(workdir)[1:4], f"--config.data.source={source(workdir)}"]
+    assert "goodput" in stdout and "MFU" not in stdout  # nobody knows the peak of a CPU
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    told = [json.loads(line) for line in (workdir / "stub.jsonl").read_text().splitlines()]
+    assert told[0] == {"step": 0, "project": "project", "seed": 0} and told[-1]["steps"] == 40
+    assert [row["step"] for row in told[1:-1] if "train/loss" in row] == list(range(2, 41, 2))
     for name in ("loss.png", "omega.png", "samples/step_00000040.txt", "checkpoints/40/manifest.json"):
         assert (workdir / name).stat().st_size > 0
 

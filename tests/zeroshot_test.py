@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from smdlm.data.detokenise import RULES, detokenise
 from smdlm.data.sources import make_source
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.evaluate import zeroshot
-from smdlm.evaluate.detokenise import RULES, detokenise
 from smdlm.evaluate.zeroshot import SETS, TextSet, blocks, documents, named_sets
 
 BYTES = make_tokenizer("bytes")

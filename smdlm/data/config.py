@@ -10,7 +10,7 @@ from smdlm.data.conversations import Chat
 from smdlm.data.readers import printable
 from smdlm.data.sources import SOURCES, Lab, Source, own_fields
 from smdlm.data.tokenizer import check_spec
-from smdlm.files import local_path
+from smdlm.files import path_of
 
 FRAMINGS = ("stream", "bos_eos")
 
@@ -22,7 +22,7 @@ class Prepared:
     folder: str
 
     def __post_init__(self):
-        local_path("data.source", self.folder)
+        path_of("data.source", self.folder)
 
 
 # What may stand before the colon of config.data.source: a view, so that what is added to SOURCES is here as well.

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smdlm.data import records
 from smdlm.data.readers import matching_files, printable, read_records, sizes
 from smdlm.data.sources import Document, NoText
 from smdlm.files import local_path, one_line
 
-JSON_LINES = (".jsonl", ".gz")
-PACKED = (".parquet", ".arrow")  # read by pyarrow
+JSON_LINES = (".jsonl", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Chat:
     """config.data.source 'chat:PATH': fine-tuning on the responses of conversations.
 
     Attributes:
-      path: files (a pattern of .jsonl, .jsonl.gz, .parquet or .arrow), or a folder of .arrow files as
+      path: files (a pattern of .jsonl, also .gz or .zst, .parquet or .arrow), or a folder of .arrow files as
         `Dataset.save_to_disk` writes it.
       field: name of the turns in a record.
       buckets: lengths to which conversations are padded, joined by commas, the last of them data.seq_len ('' is that
@@ -108,19 +108,20 @@ class Chat:
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, function of the record's name that reads it) of a file."""
-    if path.suffix in PACKED:
-        for number, record in enumerate(_rows(path)):
-            yield number, functools.partial(_given, record)
+    if path.suffix in records.SUFFIXES:
+        numbers = itertools.count()
+        for rows in records.groups(path):
+            yield from ((next(numbers), functools.partial(_row, rows, index)) for index in range(len(rows)))
     elif path.suffix in JSON_LINES:
         for number, line in read_records(path):
             yield number, functools.partial(_parsed, line)
     else:
-        wanted = ", ".join((*JSON_LINES, *PACKED))
+        wanted = ", ".join((*JSON_LINES, *records.SUFFIXES))
         raise ValueError(f"data.source: got {printable(path)}, wanted files of conversations ({wanted})")
 
 
-def _given(record: Any, key: str) -> Any:
-    return record
+def _row(rows: records.Rows, index: int, key: str) -> Any:
+    return rows.row(index)
 
 
 def _parsed(line: bytes, key: str) -> Any:
@@ -128,36 +129,3 @@ def _parsed(line: bytes, key: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data: got no JSON at {key} ({one_line(error)}), wanted an object on every line") from error
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a Parquet or Arrow file, a batch of them in memory at a time."""
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet
-    except ImportError as error:
-        raise ValueError(
-            f"data.source: got {printable(path)} without pyarrow ({error}), wanted it: pip install 'smdlm[sft]'"
-        ) from error
-    try:
-        if path.suffix == ".parquet":
-            for batch in parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-            return
-        with pyarrow.memory_map(str(path)) as file:
-            for batch in _arrow_batches(file, ipc):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"data: got an unreadable {printable(path)} ({one_line(error)}), wanted {path.suffix[1:]}: copy it again"
-        ) from error
-
-
-def _arrow_batches(file: Any, ipc: Any) -> Iterator[Any]:
-    """Of the streaming format, which Hugging Face writes, or of the file format."""
-    if file.read(6) == b"ARROW1":
-        reader = ipc.open_file(file)
-        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        file.seek(0)
-        yield from ipc.open_stream(file)

@@ -4,12 +4,16 @@ import bisect
 import contextlib
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from smdlm import files
 from smdlm.data.readers import printable
 from smdlm.data.vocabulary import Tokenizer
 from smdlm.files import one_line
@@ -119,6 +123,47 @@ def _damaged(file: Path, cause: str) -> ValueError:
         f"smdlm.data.prepare --verify --out={printable(file.parent)} lists all of them; delete the folder and prepare "
         "it again"
     )
+
+
+def here(folder: Path, prepare_command: str) -> Path:
+    """A prepared folder on this machine: itself, or of one in a bucket a copy, made once and checked file by file.
+
+    In ~/.cache/smdlm ($XDG_CACHE_HOME). Reading blocks at random places of a bucket would be a request each.
+    """
+    if not files.is_url(folder):
+        return folder
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        shards = {shard["file"]: shard["sha256"] for split in ("train", "val") for shard in manifest["splits"][split]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"data: got no {folder}/{MANIFEST} ({one_line(error)}), wanted prepared data: run {prepare_command} with a "
+            "local --out and copy that folder there"
+        ) from error
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smdlm"
+    copy = cache / f"prepared-{manifest['content_hash'][:16]}"
+    if not (copy / MANIFEST).exists():
+        print(f"copying {len(shards)} shards from {folder} to {copy}", flush=True)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: _fetch(folder / name, copy / name, shards[name]), shards))
+        if (folder / TOKENIZER_FILE).exists():
+            files.write(copy / TOKENIZER_FILE, (folder / TOKENIZER_FILE).read_bytes())
+        files.write(copy / MANIFEST, content)  # last: it makes the copy complete
+    return copy
+
+
+def _fetch(source: Path, target: Path, digest: str) -> None:
+    if target.exists() and files.sha256(target) == digest:
+        return
+    with files.whole(target) as temporary:
+        try:
+            with source.open("rb") as content, open(temporary, "wb") as file:
+                shutil.copyfileobj(content, file, 2**24)
+        except OSError as error:
+            raise ValueError(f"data: got an unreadable {source} ({one_line(error)}), wanted it") from error
+        if files.sha256(temporary) != digest:
+            raise ValueError(f"data: got another checksum for {source}, wanted that of its {MANIFEST}: copy it again")
 
 
 def read_manifest(folder: Path, prepare_command: str) -> dict:

@@ -1,6 +1,7 @@
 """Tokenises a corpus once into ArrayRecord shards of raw uint16/uint32 blocks.
 
-    python -m smdlm.data.prepare --source='jsonl:owt/*.jsonl.gz' --tokenizer=gpt2 --seq_len=1024 --out=DIR
+    python -m smdlm.data.prepare --recipe=owt --source='parquet:openwebtext/*.parquet' --out=data/owt
+    python -m smdlm.data.prepare --source='jsonl:docs/*.jsonl.gz' --tokenizer=gpt2 --seq_len=1024 --out=DIR
     python -m smdlm.data.prepare --verify --out=DIR
 
 A killed run is continued by the same command: finished shards stay, and the result is the same file for file.
@@ -8,24 +9,23 @@ Validation comes first, then training, so that a limit on the output (--max-gb) 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 
 from smdlm import files
 from smdlm.data.config import FRAMINGS, DataConfig, spec_of
 from smdlm.data.packing import MANIFEST, TOKENIZER_FILE, Packer, block_dtype, read_manifest, too_short
 from smdlm.data.readers import printable
+from smdlm.data.shards import Shard, Tally
 from smdlm.data.sources import SOURCES, make_source, own_fields, spelled
 from smdlm.data.split import Account, with_splits
 from smdlm.data.tokenizer import SPECS, bpe_tokenizer, make_tokenizer
@@ -35,6 +35,13 @@ PROGRESS = "progress.json"
 RECORD_OVERHEAD = 96  # bytes that ArrayRecord adds to a record (its chunk header), rounded up
 SHARD_OVERHEAD = 2**18  # and to a file (its index and the padding at its end), rounded up
 VAL_SHARE_OF_LIMIT = 0.1  # of --max-gb, at most
+# The settings of the literature, as flags: OpenWebText as the MDLM reference has it, text8, and LM1B.
+RECIPES: dict[str, dict[str, Any]] = {
+    "owt": {"tokenizer": "gpt2", "seq_len": 1024, "framing": "bos_eos", "val_documents": 100_000},
+    "text8": {"tokenizer": "bytes", "seq_len": 256, "framing": "stream"},
+    "lm1b": {"source": "tfds:lm1b", "val_split": "test", "rules": "lm1b", "seq_len": 128, "framing": "bos_eos"},
+}
+OWT_DOCUMENTS = 8_013_769  # of the public copy
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,13 @@ def prepare(config: DataConfig, output: Output) -> dict:
         print(f"{output.folder} is already prepared", flush=True)
         return read_manifest(output.folder, config.prepare_command())
     job = _Job(config, output, tokenizer, progress)
-    for split in ("val", "train"):
-        job.write_split(split)
+    try:
+        for split in ("val", "train"):
+            job.write_split(split)
+    except Exception:  # a damaged document: the shards before it stay
+        if job.shard:
+            job.shard.discard()
+        raise
     for line in job.account.warnings(tokenizer):
         print(f"warning: {line}", file=sys.stderr)
     shards = {split: progress["splits"][split]["shards"] for split in ("train", "val")}
@@ -83,6 +95,7 @@ def prepare(config: DataConfig, output: Output) -> dict:
         "mask_id": tokenizer.mask_id,
         "blocks": blocks,
         "tokens": {split: count * config.seq_len for split, count in blocks.items()},
+        "documents": {split: progress["splits"][split]["read"] for split in shards},
         "content_hash": hashlib.sha256(checksums.encode()).hexdigest(),
         "splits": shards,
     }
@@ -106,6 +119,7 @@ class _Job:
     def __init__(self, config: DataConfig, output: Output, tokenizer: Tokenizer, progress: dict):
         self.config, self.tokenizer, self.progress, self.account = config, tokenizer, progress, Account()
         self.folder, self.max_bytes = output.folder, output.max_gb * 1e9
+        self.shard: Shard | None = None  # the one that is being written
         self.dtype = block_dtype(tokenizer)
         self.block_bytes = config.seq_len * self.dtype.itemsize
         self.blocks_per_shard = max(int(output.shard_mb * 2**20) // self.block_bytes, 1)
@@ -116,36 +130,41 @@ class _Job:
         if state["done"]:
             return
         packer = Packer(self.tokenizer, self.config.seq_len, self.config.framing)
-        shard, wanted, began, written = None, self._room(split), time.time(), 0
+        wanted, began, written = self._room(split), time.time(), 0
+        tally = before = Tally(**state["read"])  # `before`: without the document that a shard ends in
         if wanted < 1 and not state["shards"]:
             raise ValueError(f"--max-gb: got {self.max_bytes / 1e9:g}, too little for one block of the {split} split")
         # Where the stream goes on: document (its number in the source) and offset (in its tokens with their EOS).
-        for index, tokens in self._stream(split, state["document"], packer):
+        for index, text, tokens in self._stream(split, state["document"], packer):
+            before, tally = tally, tally.add(text)
             skipped = state["offset"] if index == state["document"] else 0
             done = skipped - len(packer.waiting)  # offset in this document of the first token of the next block
             for block in packer.add(tokens[skipped:]):
                 if wanted < 1:
                     break
-                shard = shard or _Shard(self.folder, f"{split}-{len(state['shards']):05d}.array_record")
-                shard.write(block.astype(self.dtype).tobytes())
+                self.shard = self.shard or Shard(self.folder, f"{split}-{len(state['shards']):05d}.array_record")
+                self.shard.write(block.astype(self.dtype).tobytes())
                 done += packer.payload
                 wanted -= 1
-                if shard.blocks == self.blocks_per_shard or wanted < 1:
+                if self.shard.blocks == self.blocks_per_shard or wanted < 1:
+                    shard, self.shard = self.shard, None
                     state |= {"document": index, "offset": done, "shards": [*state["shards"], shard.close()]}
+                    state["read"] = dataclasses.asdict(before)
                     files.write_json(self.folder / PROGRESS, self.progress)
                     written += shard.blocks
                     rate = written * self.config.seq_len / max(time.time() - began, 1e-9)
                     print(f"{shard.name}: {shard.blocks:,} blocks, {rate:,.0f} tokens/s", flush=True)
-                    shard, wanted = None, self._room(split)
+                    wanted = self._room(split)
             if wanted < 1:
                 break
-        if shard:
+        if shard := self.shard:
+            self.shard = None
             state["shards"] = [*state["shards"], shard.close()]
             print(f"{shard.name}: {shard.blocks:,} blocks", flush=True)
         if not state["shards"]:
             nothing = not self.account.read and self.account.first
             raise ValueError(nothing) if nothing else too_short(split, len(packer.waiting), self.config.seq_len)
-        state["done"] = True
+        state |= {"done": True, "read": dataclasses.asdict(tally)}
         files.write_json(self.folder / PROGRESS, self.progress)
 
     def _room(self, split: str) -> float:
@@ -157,50 +176,17 @@ class _Job:
         limit = self.max_bytes * (VAL_SHARE_OF_LIMIT if split == "val" else 1)
         return (limit - used - SHARD_OVERHEAD) // (self.block_bytes + RECORD_OVERHEAD)
 
-    def _stream(self, split: str, first: int, packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
-        """(number in the source, tokens with EOS) of the documents of a split from number `first` on."""
+    def _stream(self, split: str, first: int, packer: Packer) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(number in the source, text, tokens with EOS) of the documents of a split from number `first` on."""
         for group in grouped(self._texts(split, first), lambda item: len(item[1]), 2**20):
             encoded = self.account.encode(self.tokenizer, [text for _, text in group])
-            for (index, _), tokens in zip(group, encoded, strict=True):
-                yield index, packer.document(tokens)
+            for (index, text), tokens in zip(group, encoded, strict=True):
+                yield index, text, packer.document(tokens)
 
     def _texts(self, split: str, first: int) -> Iterator[tuple[int, str]]:
         for index, (owner, document) in enumerate(with_splits(self.config)):
             if owner == split and index >= first and (text := self.account.text(document)):
                 yield index, text
-
-
-class _Shard:
-    """A shard under a temporary name until it is complete."""
-
-    def __init__(self, folder: Path, name: str):
-        self.name, self.blocks = name, 0
-        self._file, self._temporary = folder / name, folder / f"{name}.tmp"
-        # A group is one record, so that reading a block costs one block; ids hardly compress, and without
-        # compression the size of the output is known beforehand.
-        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
-
-    def write(self, block: bytes) -> None:
-        with self._errors_of_disk():
-            self._writer.write(block)
-        self.blocks += 1
-
-    def close(self) -> dict:
-        """Completes the file and returns its line of the manifest. OSError on a full disk."""
-        with self._errors_of_disk():
-            self._writer.close()
-        os.replace(self._temporary, self._file)
-        size = self._file.stat().st_size
-        return {"file": self.name, "blocks": self.blocks, "bytes": size, "sha256": files.sha256(self._file)}
-
-    @contextlib.contextmanager
-    def _errors_of_disk(self) -> Iterator[None]:
-        """ArrayRecord says RuntimeError where its file cannot be written."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._temporary.unlink(missing_ok=True)
-            raise OSError(f"{self._file}: {files.one_line(error)}; the same command continues") from error
 
 
 def _settings(config: DataConfig, output: Output) -> dict:
@@ -241,7 +227,7 @@ def _read_progress(folder: Path, settings: dict) -> dict:
                     "settings to go on with, or another --out"
                 )
             return progress
-    start = {"document": 0, "offset": 0, "shards": [], "done": False}
+    start = {"document": 0, "offset": 0, "shards": [], "read": dataclasses.asdict(Tally()), "done": False}
     progress = {"settings": settings, "splits": {"val": dict(start), "train": dict(start)}}
     files.write_json(folder / PROGRESS, progress)
     return progress
@@ -251,13 +237,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m smdlm.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the shards")
     parser.add_argument("--verify", action="store_true", help="only check the checksums of what --out holds")
-    parser.add_argument("--source", default="", help=spelled(SOURCES))
-    parser.add_argument("--tokenizer", default="gpt2", help=SPECS)
-    parser.add_argument(*_spellings("seq_len"), type=int, default=1024, help="tokens in a block")
-    parser.add_argument("--framing", choices=FRAMINGS, default="stream", help="bos_eos as in the MDLM reference")
+    parser.add_argument("--recipe", choices=RECIPES, help="settings of the literature for what is not given here")
+    parser.add_argument("--source", help=spelled(SOURCES))
+    parser.add_argument("--tokenizer", help=f"{SPECS}; gpt2 if not given")
+    parser.add_argument(*_spellings("seq_len"), type=int, help="tokens in a block, 1024 if not given")
+    parser.add_argument("--framing", choices=FRAMINGS, help="stream, or bos_eos as in the MDLM reference")
     held_out = parser.add_mutually_exclusive_group()
-    held_out.add_argument(*_spellings("val_fraction"), type=float, default=DataConfig.val_fraction)
-    held_out.add_argument(*_spellings("val_documents"), type=int, default=0, help="the last N documents")
+    held_out.add_argument(*_spellings("val_fraction"), type=float, help="share of the documents")
+    held_out.add_argument(*_spellings("val_documents"), type=int, help="the last N documents")
     for name, kinds in _source_flags().items():
         parser.add_argument(*_spellings(name), help=f"of {', '.join(kinds)}; as config.data.{name}")
     parser.add_argument(*_spellings("shard_mb"), type=float, default=Output.shard_mb, help="MiB per shard")
@@ -286,13 +273,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         out = files.local_path("--out", values.pop("out"))
         output = Output(out, values.pop("shard_mb"), values.pop("max_gb"))
-        given = {name: value for name in _source_flags() if (value := values.pop(name)) is not None}
         if values.pop("verify"):
             verify(out)
             print(f"{out}: all checksums match")
             return 0
-        source = make_source(values.pop("source"), given)
-        config = DataConfig(source=source, batch_size=1, **values)
+        recipe = values.pop("recipe")
+        config = _config(recipe, {name: value for name, value in values.items() if value is not None})
         with files.owned(out, "--out"):
             manifest = prepare(config, output)
     except (ValueError, OSError) as error:
@@ -301,9 +287,37 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    tokens = ", ".join(f"{split} {count:,} tokens" for split, count in manifest["tokens"].items())
-    print(f"{out}: {tokens}; use it with data.source='prepared:{out}'")
+    print("\n".join(_report(manifest)))
+    count = sum(split["documents"] for split in manifest["documents"].values())
+    if recipe == "owt" and count != OWT_DOCUMENTS:
+        print(f"warning: {count:,} documents; the public copy of OpenWebText has {OWT_DOCUMENTS:,}", file=sys.stderr)
+    print(f"{out}: use it with data.source='prepared:{out}'")
     return 0
+
+
+def _config(recipe: str | None, given: dict[str, Any]) -> DataConfig:
+    """What the flags say, for the rest what the recipe says. ValueError, one line."""
+    if recipe == "lm1b" and "tokenizer" not in given:
+        raise ValueError("--tokenizer: got nothing for --recipe=lm1b, wanted hf:DIR, a folder of bert-base-uncased")
+    if "val_fraction" in given:
+        given["val_documents"] = 0
+    values = {"tokenizer": "gpt2", "seq_len": 1024, **RECIPES.get(recipe, {}), **given}
+    own = {name: values.pop(name) for name in _source_flags() if name in values}
+    source = make_source(values.pop("source", ""), own)
+    return DataConfig(source=source, batch_size=1, **values)
+
+
+def _report(manifest: dict) -> Iterator[str]:
+    """Documents, characters, tokens and hash of each split and of both."""
+    read = {split: Tally(**counted) for split, counted in manifest["documents"].items()}
+    tokens = dict(manifest["tokens"])
+    read["both"], tokens["both"] = sum(read.values(), Tally()), sum(tokens.values())
+    for split, tally in read.items():
+        yield (
+            f"{split:6}{tally.documents:>12,} documents {tally.characters:>16,} characters {tokens[split]:>15,} tokens"
+            f"  sum of sha256 {tally.digest}"
+        )
+    yield f"shards sha256 {manifest['content_hash']}"
 
 
 if __name__ == "__main__":

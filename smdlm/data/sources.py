@@ -8,47 +8,22 @@ and flags of `smdlm.data.prepare`.
 import dataclasses
 import functools
 import json
+import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from smdlm.data import corpus, lab
-from smdlm.data.readers import matching_files, printable, read_records, read_text, sizes
+from smdlm.data import corpus, lab, readers, records
+from smdlm.data.archives import OpenWebText, Text8
+from smdlm.data.detokenise import RULES, detokenise
+from smdlm.data.documents import Document, NoText, Source, text_of
+from smdlm.data.readers import matching_files, named_files, printable, read_records, read_text, sizes
 from smdlm.files import local_path, one_line
 
-MAX_FILE_BYTES = 2**30
-
-
-class NoText(ValueError):
-    """A record without text where one was to be expected; among others with text it is left out and counted."""
-
-
-class Document(NamedTuple):
-    """A document that is not read yet.
-
-    key: a name that does not depend on the machine; the split hashes it.
-    read: the text. NoText where it is missing, '' where a document rightly has none (a module without docstrings), and
-      another ValueError, with the document's name in it, where it is damaged.
-    split: 'train' or 'val' where the source says so.
-    """
-
-    key: str
-    read: Callable[[], str]
-    split: str = ""
-
-
-class Source(Protocol):
-    """An ordered set of documents. Made while a config is read: it looks at no file before `documents`."""
-
-    def documents(self) -> Iterator[Document]:
-        """All documents, cheaply: without parsing or decoding them. ValueError if there are none."""
-        ...
-
-    def identity(self) -> str:
-        """Changes when the documents do, as far as names and sizes tell."""
-        ...
+__all__ = ["Document", "NoText", "SOURCES", "Source", "make_source", "own_fields", "spelled", "text_of"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +47,7 @@ class Stdlib:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain UTF-8 files, each of them one document."""
+    """UTF-8 files, plain or packed (.gz, .zst, .xz, .bz2), each of them one document."""
 
     glob: str
 
@@ -82,12 +57,8 @@ class Text:
     def documents(self) -> Iterator[Document]:
         files = matching_files("data.source", self.glob)
         for name, path in files:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ValueError(
-                    f"data.source: got a file of {path.stat().st_size / 2**30:.1f} GiB ({printable(name)}), wanted at "
-                    "most 1: a text file is one document and is read whole; split it or write one JSON line per "
-                    "document"
-                )
+            if path.stat().st_size > readers.MAX_FILE_BYTES:
+                raise readers.too_large(name)
         for name, path in files:
             yield Document(name, functools.partial(self._read, path))
 
@@ -103,7 +74,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Jsonl:
-    """Files of JSON lines (.jsonl, .jsonl.gz), each line one document: an object with its text under `field`.
+    """Files of JSON lines, plain or packed, each line one document: an object with its text under `field`.
 
     What stands inside a JSON string is the author's text and stays as it is, carriage returns too.
     """
@@ -113,8 +84,7 @@ class Jsonl:
 
     def __post_init__(self):
         local_path("data.source", self.glob)
-        if not self.field:
-            raise ValueError("data.field: got '', wanted the name of the text, e.g. 'text'")
+        _check_field(self.field)
 
     def documents(self) -> Iterator[Document]:
         for name, path in matching_files("data.source", self.glob):
@@ -133,6 +103,101 @@ class Jsonl:
         return sizes(matching_files("data.source", self.glob))
 
 
+def _check_field(field: str) -> None:
+    if not field:
+        raise ValueError("data.field: got '', wanted the name of the text, e.g. 'text'")
+
+
+def _rows(name: str, path: Path, field: str, split: str = "") -> Iterator[Document]:
+    """The rows of a Parquet or Arrow file as documents; of `field` alone, and none of it before one is read."""
+    number = 0
+    for rows in records.groups(path, field):
+        for index in range(len(rows)):
+            key = f"{name}:{number}"
+            yield Document(key, functools.partial(_row_text, rows, index, field, key), split)
+            number += 1
+
+
+def _row_text(rows: records.Rows, index: int, field: str, key: str) -> str:
+    return text_of(rows.row(index), field, printable(key))
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """Parquet files, each row one document with its text in the column `field`."""
+
+    glob: str
+    field: str = "text"
+
+    def __post_init__(self):
+        local_path("data.source", self.glob)
+        _check_field(self.field)
+
+    def documents(self) -> Iterator[Document]:
+        for name, path in matching_files("data.source", self.glob):
+            yield from _rows(name, path, self.field)
+
+    def identity(self) -> str:
+        return sizes(matching_files("data.source", self.glob))
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A data set of Hugging Face on disk: what `save_to_disk` wrote, a folder of its cache, or its Parquet files.
+
+    Attributes:
+      folder: of the data set.
+      field: the column of the text.
+      train_split: the split to read; of a folder without splits, all of it.
+      val_split: the split that is validation; '' takes validation from `train_split`.
+    """
+
+    folder: str
+    field: str = "text"
+    train_split: str = "train"
+    val_split: str = ""
+
+    def __post_init__(self):
+        local_path("data.source", self.folder)
+        _check_field(self.field)
+        if not self.train_split:
+            raise ValueError("data.train_split: got '', wanted the name of a split, e.g. 'train'")
+
+    def documents(self) -> Iterator[Document]:
+        for split, files in self._files():
+            for name, path in files:
+                yield from _rows(name, path, self.field, split)
+
+    def _files(self) -> Iterator[tuple[str, list[tuple[str, Path]]]]:
+        """('train', 'val' or '' for both, its files)."""
+        folder = local_path("data.source", self.folder)
+        found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+        found = [path for path in found if path.suffix in records.SUFFIXES]
+        if not found:
+            raise ValueError(
+                f"data.source: got no {' or '.join(records.SUFFIXES)} file in {printable(folder)}, wanted a folder "
+                "that datasets' save_to_disk wrote, or of Parquet files"
+            )
+        parts = {self.train_split: "train" if self.val_split else ""}
+        parts |= {self.val_split: "val"} if self.val_split else {}
+        alone = len(parts) == 1 and (folder / "state.json").is_file()  # saved without splits
+        for split, meaning in parts.items():
+            # NAME-train.arrow, train-00000-of-00001.parquet; else of a folder: FOLDER/train/data-00000-of-00001.arrow
+            of_split = re.compile(rf"(^|[-_.]){re.escape(split)}[-_.]")
+            files = found if alone else [path for path in found if of_split.search(path.name)]
+            files = files or [path for path in found if split in path.relative_to(folder).parts[:-1]]
+            if not files:
+                there = ", ".join(sorted(printable(p.relative_to(folder)) for p in found)[:4])
+                raise ValueError(
+                    f"data.source: got no split {split!r} in {printable(folder)} (files: {there}, ..), wanted one that "
+                    "is there: set data.train_split, data.val_split"
+                )
+            yield meaning, named_files(files)
+
+    def identity(self) -> str:
+        return " ".join(f"{split}: {sizes(files)}" for split, files in self._files())
+
+
 @dataclass(frozen=True)
 class Tfds:
     """A TensorFlow Datasets name, read without TensorFlow; downloaded and prepared by tfds at first use.
@@ -142,16 +207,20 @@ class Tfds:
       field: name of the text in an example.
       train_split: the split to read.
       val_split: the split that is validation; '' takes validation from `train_split`.
+      rules: of detokenise.RULES, that undo how the set separates punctuation ('lm1b'); 'none' leaves texts as they are.
     """
 
     name: str
     field: str = "text"
     train_split: str = "train"
     val_split: str = ""
+    rules: str = "none"
 
     def __post_init__(self):
         if not self.field or not self.train_split:
             raise ValueError("data.field, data.train_split: got an empty name, wanted e.g. 'text' and 'train'")
+        if self.rules not in RULES:
+            raise ValueError(f"data.rules: got {self.rules!r}, wanted one of {', '.join(map(repr, RULES))}")
 
     def documents(self) -> Iterator[Document]:
         for split, name, examples in self._open():
@@ -165,7 +234,7 @@ class Tfds:
             example = examples[index]
         except Exception as error:  # whatever reading and decoding an example raises
             raise ValueError(f"data: got a damaged example {key} ({one_line(error)}): delete and prepare it") from error
-        return text_of(example, self.field, key)
+        return detokenise(text_of(example, self.field, key), RULES[self.rules])
 
     def _open(self) -> list[tuple[str, str, Any]]:
         """('train' or 'val', name of the split, its examples)."""
@@ -220,24 +289,17 @@ class Lab:
             )
 
 
-SOURCES: dict[str, type[Source]] = {"stdlib": Stdlib, "text": Text, "jsonl": Jsonl, "tfds": Tfds, "lab": Lab}
-
-
-def text_of(record: Any, field: str, name: str) -> str:
-    """The text of a record of fields; NoText, which lists its fields, if it has none."""
-    value = record.get(field) if isinstance(record, Mapping) else None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if isinstance(value, str) and value.strip():
-        # JSON can spell lone surrogates, which UTF-8 cannot hold.
-        return value.encode("utf-8", errors="replace").decode("utf-8")
-    if isinstance(value, str):
-        got = f"empty text in {field!r}"
-    elif isinstance(record, Mapping):
-        got = f"fields { {key: type(value).__name__ for key, value in sorted(record.items())} }"
-    else:
-        got = f"a {type(record).__name__}"
-    raise NoText(f"data: got {got} at {name}, wanted text in {field!r}: set data.field")
+SOURCES: dict[str, type[Source]] = {
+    "stdlib": Stdlib,
+    "text": Text,
+    "jsonl": Jsonl,
+    "parquet": Parquet,
+    "hf": HuggingFace,
+    "openwebtext": OpenWebText,
+    "text8": Text8,
+    "tfds": Tfds,
+    "lab": Lab,
+}
 
 
 def spelled(table: Mapping[str, type]) -> str:

@@ -13,12 +13,21 @@ from absl import logging
 from smdlm.data import sft
 from smdlm.data.config import DataConfig, Prepared, spec_of
 from smdlm.data.conversations import Chat
-from smdlm.data.packing import TOKENIZER_FILE, ArrayBlocks, Packer, RecordBlocks, block_dtype, read_manifest, too_short
+from smdlm.data.packing import (
+    TOKENIZER_FILE,
+    ArrayBlocks,
+    Packer,
+    RecordBlocks,
+    block_dtype,
+    here,
+    read_manifest,
+    too_short,
+)
 from smdlm.data.readers import key_bytes, printable
 from smdlm.data.split import Account, with_splits
 from smdlm.data.tokenizer import bpe_tokenizer, make_tokenizer
 from smdlm.data.vocabulary import Tokenizer, grouped
-from smdlm.files import local_path
+from smdlm.files import path_of
 
 __all__ = ["Blocks", "DataConfig", "TextData", "batches", "load"]
 
@@ -120,7 +129,7 @@ def _pack(config: DataConfig, tokenizer: Tokenizer, account: Account, split: str
 
 
 def _load_prepared(config: DataConfig) -> TextData:
-    folder = local_path("data.source", config.source.folder)
+    folder = here(path_of("data.source", config.source.folder), config.prepare_command())
     manifest = read_manifest(folder, config.prepare_command())
     made = manifest["settings"]
     if config.tokenizer.startswith("bpe:") and made["tokenizer"] == config.tokenizer:

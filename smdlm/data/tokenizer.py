@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -12,7 +11,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from smdlm.data import pretrained
 from smdlm.data.backend import Backend, read_backend
 from smdlm.data.vocabulary import END_OF_TEXT, Tokenizer, Vocabulary, cut, wrap
-from smdlm.files import local_path, write
+from smdlm.files import as_path, local_path, path_of, write
 
 __all__ = ["Tokenizer", "Vocabulary", "bpe_tokenizer", "check_spec", "make_tokenizer", "vocabulary"]
 
@@ -54,7 +53,7 @@ def make_tokenizer(
     if kind == "bpe":
         sample = _sample(corpus or ())
         digest = hashlib.sha256("\0".join(sample).encode("utf-8")).hexdigest()[:16]
-        folder = cache_dir and local_path("cache_dir", cache_dir)
+        folder = cache_dir and path_of("cache_dir", cache_dir)
         return bpe_tokenizer(int(argument), sample, folder and folder / f"bpe-{argument}-{digest}.json")
     if kind == "gpt2":
         return pretrained.gpt2(spec, argument)
@@ -77,8 +76,8 @@ def vocabulary(spec: str) -> Vocabulary:
 
 def bpe_tokenizer(size: int, corpus: Iterable[str], file: str | os.PathLike | None) -> Tokenizer:
     """Byte-level BPE of exactly `size` ids, EOS (id 0) included: read from `file` if it is there, else trained."""
-    if file and Path(file).exists():
-        backend = read_backend(Path(file))
+    if file and as_path(file).exists():
+        backend = read_backend(as_path(file))
     else:
         backend = _train_bpe(size, _sample(corpus))
         if file:

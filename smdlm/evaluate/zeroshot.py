@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from smdlm.data.detokenise import RULES, detokenise
 from smdlm.data.packing import Packer
 from smdlm.data.sources import NoText, Source, make_source
 from smdlm.data.vocabulary import Tokenizer
-from smdlm.evaluate.detokenise import RULES, detokenise
 
 GROUP = 1000  # documents
 

@@ -12,7 +12,7 @@ import jax
 from smdlm.build import Experiment
 from smdlm.convert.folders import import_weights
 from smdlm.evaluate.base import weights
-from smdlm.files import local_path
+from smdlm.files import is_url, local_path, path_of
 from smdlm.identity import check_same_base, weights_hash
 from smdlm.io.checkpoint import Checkpointer, checkpointer_of
 from smdlm.mesh.rules import replicated
@@ -59,9 +59,9 @@ def init_source(config: TrainConfig) -> Checkpointer:
     Raises:
       FileNotFoundError: there are none. ValueError: what they would be made of does not fit.
     """
-    workdir = local_path("train.init_from", config.init_from)
+    workdir = path_of("train.init_from", config.init_from)
     source = checkpointer_of(workdir)
-    if source.latest_step() is None and config.init_import and jax.process_count() == 1:
+    if source.latest_step() is None and config.init_import and jax.process_count() == 1 and not is_url(workdir):
         kind, _, path = config.init_import.partition(":")
         print(f"importing {path} into {workdir}", flush=True)
         for line in import_weights(kind, local_path("train.init_import", path), workdir):

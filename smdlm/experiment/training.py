@@ -15,6 +15,7 @@ from absl import logging
 from smdlm import command
 from smdlm.build import Experiment
 from smdlm.data.kept import save_tokenizer
+from smdlm.describe import training_flops
 from smdlm.evaluate.base import Value, weights
 from smdlm.experiment.restoring import check_vocabulary, described, frozen_base, init_source, load_weights
 from smdlm.experiment.sampling import (
@@ -30,6 +31,7 @@ from smdlm.files import local_path
 from smdlm.identity import check_same_base, diverged
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer
+from smdlm.meter import Profile
 from smdlm.optimizer import TrainState
 from smdlm.train import Training, check_saved, run
 
@@ -50,6 +52,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         (workdir / "summary.json").unlink(missing_ok=True)
         save_tokenizer(experiment.vocabulary, workdir / "tokenizer")  # sampling needs no corpus
     writer = Writer(workdir, total_steps=config.updates, enabled=chief, start_step=data["next_index"])
+    if config.train.wandb:
+        writer.track(config.train.wandb, meta.get("config", {}))
 
     def seconds() -> float:
         return start.seconds + time.time() - begin
@@ -72,6 +76,8 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
         writer=writer,
         meta=lambda: {**meta, **start.facts, **described(experiment), "wall_s": seconds()},
         evaluate=evaluate_state,
+        flops_per_batch=training_flops(experiment),
+        profile=Profile(config.train.profile if chief else "", workdir / "profile"),
     )
     with diverged(workdir):
         state, tokens_per_s = run(state, training, data.get("pending", []))

@@ -9,16 +9,17 @@ A step directory holds five items, so that evaluation reads the weights without 
 Orbax sees each pytree as one flat `{path: array}`: the tree itself (NamedTuples, MaskedNode, ...) always comes from the
 caller's abstract state, so it comes back exactly, and comparing a checkpoint with a model is comparing two dicts.
 
-A save is asynchronous and atomic: orbax writes `<step>.orbax-checkpoint-tmp`, the manifest goes in, the directory is
-renamed. Orbax does not checksum array payloads (a flipped byte restores as a wrong weight), so the manifest decides
-what is damaged; whatever fails after it has been checked is an error of another kind and is raised as it is.
+A save is asynchronous and atomic: orbax writes `<step>.orbax-checkpoint-tmp`, the manifest goes in, then
+commit_success.txt, and the directory is renamed. In a bucket nothing is renamed: `<step>` itself is written, and counts
+once it has commit_success.txt, its last object. Orbax does not checksum array payloads (a flipped byte restores as a
+wrong weight), so the manifest decides what is damaged; whatever fails after it has been checked is an error of another
+kind and is raised as it is.
 """
 
 import contextlib
 import json
 import logging as stdlib_logging
 import os
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ from absl import logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from smdlm import files
 from smdlm.files import one_line, sha256
 from smdlm.io import streamed
 
@@ -79,7 +81,8 @@ class Checkpointer:
         """Raises ValueError unless keep >= 1. Creates nothing on disk."""
         if keep < 1:
             raise ValueError(f"got keep={keep}, wanted at least 1 checkpoint: set keep >= 1")
-        self.directory = Path(directory).absolute()
+        directory = files.as_path(directory)
+        self.directory = directory if files.is_url(directory) else directory.absolute()
         self._saving: int | None = None  # the step being written in the background
         self._resumed: int | None = None  # the step this run continues; what is newer on disk is abandoned
         handlers = {name: streamed.handler() for name in TREES}
@@ -219,15 +222,15 @@ class Checkpointer:
         if not self._is_complete(step):
             return f"no {COMMIT_MARKER}: the save was not finished"
         try:
-            files = json.loads((folder / MANIFEST).read_text())
-            files = {name: entry for name, entry in files.items() if name.split("/")[0] in items}
-            if missing := set(items) - {name.split("/")[0] for name in files}:
+            listed = json.loads((folder / MANIFEST).read_text())
+            listed = {name: entry for name, entry in listed.items() if name.split("/")[0] in items}
+            if missing := set(items) - {name.split("/")[0] for name in listed}:
                 return f"{MANIFEST} lists no file of {sorted(missing)}"
-            for name, entry in files.items():
-                if (size := (folder / name).stat().st_size) != entry["bytes"]:
+            for name, entry in listed.items():
+                if (size := files.size(folder / name)) != entry["bytes"]:
                     return f"{name} has {size} bytes instead of {entry['bytes']}"
-            for name, digest in _digests(folder, files).items():
-                if digest != files[name]["sha256"]:
+            for name, digest in _digests(folder, listed).items():
+                if digest != listed[name]["sha256"]:
                     return f"{name} has another sha256 than when it was written"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             return one_line(error)
@@ -272,25 +275,23 @@ class Checkpointer:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def _is_complete(self, step: int) -> bool:
-        return os.path.exists(self.directory / str(step) / COMMIT_MARKER)
+        return (self.directory / str(step) / COMMIT_MARKER).exists()
 
     def _write_manifest(self) -> None:
         """Called by orbax (primary process, background thread) when all items are written, before the rename."""
         (folder,) = (p for p in self.directory.iterdir() if p.name.split(".")[0] == str(self._saving))
-        names = [
-            p.relative_to(folder).as_posix() for i in TREES + JSONS for p in (folder / i).rglob("*") if p.is_file()
-        ]
+        names = [f"{item}/{name}" for item in TREES + JSONS for name in files.tree(folder / item)]
         digests = _digests(folder, names)
-        entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in sorted(names)}
+        entries = {name: {"bytes": files.size(folder / name), "sha256": digests[name]} for name in sorted(names)}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
 
     def _drop_leftovers(self) -> None:
         """Deletes what killed, failed or abandoned saves left; called when no save is under way."""
         for step in self._steps_on_disk():
             if not self._is_complete(step) or (self._resumed is not None and step > self._resumed):
-                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                files.remove_tree(self.directory / str(step))
         for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            files.remove_tree(path)
 
     def _report(self, step: int | None, error: Exception) -> None:
         """One warning about a failed save; what it left is deleted at once, since the disk may be full.
@@ -298,7 +299,7 @@ class Checkpointer:
         Orbax does not stop the other writes of that save; what they still leave goes with the next save.
         """
         last = None
-        with contextlib.suppress(OSError):  # the disk may be gone, too
+        with contextlib.suppress(Exception):  # the disk may be gone, too, or the network
             if jax.process_index() == 0:
                 self._drop_leftovers()
             last = self.latest_step()

@@ -5,6 +5,10 @@
     WORKDIR/samples/         step_00000400.txt, for a person, and .jsonl
     WORKDIR/loss.png, omega.png, summary.json
 
+In a bucket, where nothing can be appended to, metrics.jsonl is written anew with every line; no tensorboard/.
+
+With config.train.wandb the scalars and the summary also go to Weights & Biases (io/tracking.py).
+
 Nothing here may end a run: whatever fails (full disk, missing package, closed pipe) is reported once and skipped.
 """
 
@@ -25,6 +29,7 @@ from absl import logging
 from smdlm import files
 from smdlm.evaluate.base import Value
 from smdlm.io import plots
+from smdlm.io.tracking import Wandb
 
 OMEGA = "train/omega_"  # what the names of a gate's readable values begin with
 
@@ -39,18 +44,26 @@ class Writer:
     def __init__(
         self, workdir: str | os.PathLike, *, total_steps: int, enabled: bool = True, start_step: int | None = None
     ):
-        self.workdir = Path(workdir)
+        self.workdir = files.as_path(workdir)
         self.total_steps = total_steps
         self.enabled = enabled
         self._warned: set[str] = set()
         self._metrics = None  # metrics.jsonl, opened unbuffered for appending
+        self._lines: bytes | None = None  # the same of a workdir in a bucket: all that is in it
         self._tensorboard = None
+        self._wandb: Wandb | None = None
         self._start_step = start_step
         self._clock: tuple[int, float] | None = None  # (step, seconds) of the first progress call
         self._bar_open = False  # the cursor stands at the end of a progress bar
         if enabled and start_step is not None:
             with self._guard("metrics.jsonl"):
                 _drop_lines_after(self.workdir / "metrics.jsonl", start_step)
+
+    def track(self, project: str, config: Mapping[str, Any]) -> None:
+        """From here on scalars and summary also go to a project of Weights & Biases. config: kept with the run."""
+        if self.enabled:
+            with self._guard("wandb"):
+                self._wandb = Wandb(project, self.workdir, config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and the same values to TensorBoard; NaN and inf become strings in JSON."""
@@ -59,9 +72,12 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         with self._guard("metrics.jsonl"):
             self._append(json.dumps({"step": int(step), **_jsonable(values)}, allow_nan=False))
-        if "tensorboard" not in self._warned:
+        if "tensorboard" not in self._warned and not files.is_url(self.workdir):
             with self._guard("tensorboard"):
                 self._append_tensorboard(step, values)
+        if self._wandb and "wandb" not in self._warned:
+            with self._guard("wandb"):
+                self._wandb.log(step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """One line on stdout: rewritten in place on a terminal, appended otherwise. Uses the train/... names."""
@@ -124,9 +140,12 @@ class Writer:
         """Writes summary.json, whole or not at all."""
         if not self.enabled:
             return
+        text = json.dumps(_jsonable(values), indent=2, allow_nan=False, default=str)
         with self._guard("summary.json"):
-            text = json.dumps(_jsonable(values), indent=2, allow_nan=False, default=str)
             files.write(self.workdir / "summary.json", f"{text}\n")
+        if self._wandb and "wandb" not in self._warned:
+            with self._guard("wandb"):
+                self._wandb.summary(json.loads(text))
 
     def close(self) -> None:
         """Closes the files and ends the line of the progress bar."""
@@ -138,7 +157,10 @@ class Writer:
             if file is not None:
                 with self._guard(name):
                     file.close()
-        self._metrics = self._tensorboard = None
+        if self._wandb:
+            with self._guard("wandb"):
+                self._wandb.close()
+        self._metrics = self._tensorboard = self._wandb = None
 
     @contextlib.contextmanager
     def _guard(self, what: str) -> Iterator[None]:
@@ -152,6 +174,9 @@ class Writer:
                 logging.warning("%s cannot be written (%s); the run goes on, this is said once", what, reason)
 
     def _append(self, line: str) -> None:
+        if files.is_url(self.workdir):
+            self._append_object(line)
+            return
         if self._metrics is None:
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.workdir / "metrics.jsonl", "a+b", buffering=0)
@@ -164,6 +189,13 @@ class Writer:
         except OSError:
             self._metrics.truncate(end)  # a full disk must not leave half a line between two good ones
             raise
+
+    def _append_object(self, line: str) -> None:
+        path = self.workdir / "metrics.jsonl"
+        if self._lines is None:
+            self._lines = path.read_bytes() if path.exists() else b""
+        self._lines += line.encode() + b"\n"  # kept where this write fails: the next one makes up for it
+        files.write(path, self._lines)
 
     def _append_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         # Not tensorboardX.SummaryWriter: a full disk ends its thread, then its bounded queue blocks the run for ever.
@@ -192,11 +224,10 @@ def unused_name(folder: Path, stem: str) -> str:
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, numbers as floats ("nan" and "inf" too); lines that are not JSON are skipped."""
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                row = json.loads(line)
-                rows.append({name: int(v) if name == "step" else float(v) for name, v in row.items()})
+    for line in files.as_path(path).read_bytes().decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            row = json.loads(line)
+            rows.append({name: int(v) if name == "step" else float(v) for name, v in row.items()})
     return rows
 
 
@@ -235,7 +266,10 @@ def _cut_torn_line(file: Any) -> None:
 
 
 def _progress_text(step: int, total: int, values: Mapping[str, float], left: float) -> str:
-    """step 12/1000  loss 3.21  omega s 0.0021 b -0.75 a 6.66  12,345 tokens/s  2:13 left; unknown parts are omitted."""
+    """step 12/1000  loss 3.21  omega s 0.0021 b -0.75 a 6.66  12,345 tokens/s  MFU 41%  goodput 97%  1.2 GiB  2:13 left
+
+    Unknown parts are omitted.
+    """
     parts = [f"step {step}/{total}"]
     if "train/loss" in values:
         parts.append(f"loss {values['train/loss']:.3f}")
@@ -244,6 +278,8 @@ def _progress_text(step: int, total: int, values: Mapping[str, float], left: flo
         parts.append(" ".join(["omega", *omega]))
     if "train/tokens_per_s" in values:
         parts.append(f"{values['train/tokens_per_s']:,.0f} tokens/s")
+    shown = {"train/mfu": "MFU {:.0%}", "train/goodput": "goodput {:.0%}", "train/memory_gib": "{:.1f} GiB"}
+    parts += [form.format(values[name]) for name, form in shown.items() if name in values]
     if math.isfinite(left):
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)

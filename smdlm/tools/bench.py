@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from smdlm import command, startup
 from smdlm.denoiser import Denoiser
 from smdlm.feedback.gates import EntropyGate
+from smdlm.mesh.chips import chip_of
 from smdlm.mesh.rules import MeshConfig, batch_sharding, param_shardings, state_shardings
 from smdlm.models import MODELS
 from smdlm.objective import SoftMaskedDiffusion
@@ -41,7 +42,6 @@ from smdlm.readout import Readout
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import Ancestral
 from smdlm.softmask import SoftMask
-from smdlm.tools.aot.chips import CHIPS
 from smdlm.train import make_train_step
 
 
@@ -194,7 +194,7 @@ def step_flops(denoiser: Denoiser, size: Size) -> float:
 
 def _mfu(flops: float, step_ms: float) -> float | None:
     """Share of the chip's peak that these products of a step take; None on a CPU."""
-    chip = next((c for name, c in CHIPS.items() if name in jax.devices()[0].device_kind.lower()), None)
+    chip = chip_of(jax.devices()[0].device_kind)
     return flops / (step_ms / 1e3) / chip.flops if chip else None
 
 

@@ -24,13 +24,13 @@ import numpy as np
 from smdlm import command
 from smdlm.denoiser import Denoiser
 from smdlm.files import write_json
+from smdlm.mesh.chips import CHIPS
 from smdlm.models import MODELS
 from smdlm.ops.filters import Filters
 from smdlm.readout import Readout
 from smdlm.sampling.blocks import CACHES, BlockDecoder
 from smdlm.sampling.policies import Entropy
 from smdlm.softmask import EntropyGate, SoftMask
-from smdlm.tools.aot.chips import CHIPS
 
 # Of models.decoder: SmolLM2-135M with a mask behind its vocabulary, and Dream 7B.
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Chips, topologies by name, and what compiling for them without hardware needs."""
+"""Topologies by name, and what compiling for them without hardware needs."""
 
 from __future__ import annotations
 
@@ -13,39 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from smdlm.mesh.chips import CHIPS, Chip
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one chip.
-
-    Attributes:
-      hbm_gib: nominal memory; limit_gib: what a program may use of it: where the TPU compiler stops, and 95 % of what
-        an H100 has (jax takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION=.95).
-      flops: bf16 dense peak per second; hbm: bytes per second; links: bytes per second that a chip sends to its
-        neighbours over all links together (half of the "bidirectional" figure).
-      source: where the figures are published.
-    """
-
-    name: str
-    hbm_gib: float
-    limit_gib: float
-    flops: float
-    hbm: float
-    links: float
-    source: str
-
-
-_TPU = "cloud.google.com/tpu/docs"
-CHIPS = {
-    c.name: c
-    for c in (
-        Chip("v4", 32, 30.75, 275e12, 1.2e12, 300e9, f"{_TPU}/v4"),
-        Chip("v5e", 16, 15.75, 197e12, 0.819e12, 200e9, f"{_TPU}/v5e"),
-        Chip("v5p", 95, 95.73, 459e12, 2.765e12, 600e9, f"{_TPU}/v5p"),
-        Chip("v6e", 32, 31.24, 918e12, 1.6e12, 400e9, f"{_TPU}/v6e"),
-        Chip("h100", 80, 75.18, 989e12, 3.35e12, 450e9, "nvidia.com/en-us/data-center/h100 (SXM)"),
-    )
-}
 EXAMPLES = "v5e:2x4, v5e:4x4, v5p:2x2x4, v6e:2x4, v6e:4x4, v4:2x2x4, h100:8"
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from smdlm.tools.aot.chips import Chip, Topology
+from smdlm.mesh.chips import Chip
+from smdlm.tools.aot.chips import Topology
 from smdlm.tools.aot.costs import Work, collective
 
 GIB = 2**30

@@ -1,0 +1,334 @@
+"""Workdirs, prepared data and locks in gs://, against an emulator of Google Cloud Storage over HTTP."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from absl import logging
+from checkpoint_test import abstract, assert_same, make_state
+from conftest import ROOT, environment
+from data_helpers import config_of, stream_of, write_documents
+from main_test import command
+
+from smdlm import buckets, files
+from smdlm.command import check_folder
+from smdlm.data import prepare
+from smdlm.data.text import load
+from smdlm.io.checkpoint import MANIFEST, Checkpointer
+from smdlm.io.writer import Writer, read_metrics
+
+# Not imported here: gcsfs reads its variables when it is imported.
+if not (importlib.util.find_spec("gcsfs") and importlib.util.find_spec("gcp_storage_emulator")):
+    pytest.skip("pip install -e '.[test]'", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulator():
+    """A process of its own; until the end of this file gcsfs and tensorstore go there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, str(ROOT / "tests" / "gcs_emulator.py"), str(port)]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+    variables = {
+        "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        while socket.socket().connect_ex(("localhost", port)):
+            assert process.poll() is None, "the emulator did not start"
+            time.sleep(0.05)
+        yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def folder(request):
+    """A folder of the bucket of its own."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return files.path_of("--workdir", f"gs://bucket/{name}")
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    lines = []
+
+    def warning(message, *args):
+        if "orbax" not in sys._getframe(1).f_code.co_filename:  # `io.checkpoint` keeps its lines from people
+            lines.append(message % args)
+
+    monkeypatch.setattr(logging, "warning", warning)
+    return lines
+
+
+# Paths and files
+
+
+def test_files_of_a_bucket(folder, tmp_path):
+    assert str(folder).startswith("gs://bucket/test-files") and files.as_path(folder) is folder
+    assert not folder.exists() and files.tree(folder) == []
+    files.write(folder / "a" / "b.txt", "one")
+    files.write_json(folder / "c.json", {"x": 1})
+    files.write(folder / "a" / "b.txt", b"two!")
+    assert (folder / "a" / "b.txt").read_text("utf-8") == "two!" and files.size(folder / "a" / "b.txt") == 4
+    assert files.tree(folder) == ["a/b.txt", "c.json"]
+    (tmp_path / "b.txt").write_text("two!")
+    assert files.sha256(folder / "a" / "b.txt") == files.sha256(tmp_path / "b.txt")
+    with pytest.raises(ValueError):
+        files.write_json(folder / "c.json", {"x": float("nan")})
+    assert json.loads((folder / "c.json").read_text()) == {"x": 1}
+    files.copy_folder(tmp_path, folder / "copied")
+    assert files.tree(folder / "copied") == ["b.txt"]
+    (folder / "c.json").unlink(missing_ok=True)
+    (folder / "c.json").unlink(missing_ok=True)
+    files.remove_tree(folder / "a")
+    files.remove_tree(folder / "nothing")
+    assert files.tree(folder) == ["copied/b.txt"]
+
+
+def test_what_another_process_wrote_is_seen(folder):
+    """File systems of fsspec keep listings, for ever by default."""
+    assert [p.name for p in folder.glob("*")] == [] and not (folder / "late.txt").exists()
+    code = "import sys; from smdlm import files; files.write(files.path_of('x', sys.argv[1]) / 'late.txt', 'x')"
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=environment(1), check=True, timeout=60)
+    assert (folder / "late.txt").exists() and [p.name for p in folder.iterdir()] == ["late.txt"]
+
+
+@pytest.mark.parametrize("text", ["gs://", "gs:/bucket/x", "gs:///x"])
+def test_other_spellings_of_a_bucket_are_refused(text):
+    with pytest.raises(ValueError, match=f"--workdir: got {text}, wanted gs://BUCKET/FOLDER"):
+        files.path_of("--workdir", text)
+
+
+def test_without_gcsfs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match="--workdir: got gs://b/x without gcsfs .*pip install 'smdlm\\[gcs\\]'"):
+        files.path_of("--workdir", "gs://b/x")
+
+
+# The lock
+
+HOLD = "import sys, time; from smdlm import buckets, files\nbuckets.RENEW = float(sys.argv[2])\n"
+HOLD += "with files.owned(files.path_of('x', sys.argv[1]), '--workdir'):\n    print('mine', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(folder):
+    """hold(renew) -> a process that holds the lock of the folder."""
+    started = []
+
+    def hold(renew):
+        call = [sys.executable, "-c", HOLD, str(folder), str(renew)]
+        started.append(subprocess.Popen(call, env=environment(1), stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "mine\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_folder_has_one_writer_and_a_dead_one_of_this_host_does_not_count(folder, holder, monkeypatch):
+    monkeypatch.setattr(buckets, "RENEW", 0.3)
+    monkeypatch.setattr(buckets, "STALE", 20.0)
+    first = holder(0.1)
+    with pytest.raises(ValueError, match=f"which process {first.pid} on .* is writing, wanted a folder of its own"):
+        with files.owned(folder, "--workdir"):
+            pass
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with files.owned(folder, "--workdir"):
+        files.write(folder / "result", "")
+    assert files.tree(folder) == ["result"]
+
+
+def test_an_owner_of_another_host_is_dead_without_a_sign_of_life(folder, monkeypatch):
+    monkeypatch.setattr(buckets, "RENEW", 0.1)
+    monkeypatch.setattr(buckets, "STALE", 0.3)
+    files.write_json(folder / files.LOCK, {"pid": 1, "host": "elsewhere", "id": "x", "beat": 7})
+    with files.owned(folder, "--workdir"):
+        mine = json.loads((folder / files.LOCK).read_text())
+        assert mine["pid"] == os.getpid()
+        deadline = time.monotonic() + 30
+        while json.loads((folder / files.LOCK).read_text())["beat"] == 0:  # signs of life
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not (folder / files.LOCK).exists()
+
+
+# What a run writes
+
+
+def test_metrics_samples_summary_and_curves(folder, warned):
+    writer = Writer(folder, total_steps=4, start_step=0)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"train/loss": float(step), "train/omega_s": 0.1})
+    writer.samples("step_3", [{"text": "naïve"}])
+    writer.curves({}, {"omega_s": "scale"})
+    writer.summary({"steps": 3})
+    writer.close()
+    again = Writer(folder, total_steps=4, start_step=2)  # the third was written by a run that was killed
+    again.scalars(3, {"train/loss": 30.0})
+    Writer(folder, total_steps=4).scalars(3, {"val/x": 2.0})
+    rows = [(row["step"], row.get("train/loss")) for row in read_metrics(folder / "metrics.jsonl")]
+    assert rows == [(1, 1.0), (2, 2.0), (3, 30.0), (3, None)] and warned == []
+    wanted = ["loss.png", "metrics.jsonl", "omega.png", "samples/step_3.jsonl", "samples/step_3.txt", "summary.json"]
+    assert files.tree(folder) == wanted
+
+
+@pytest.mark.slow
+def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned):
+    saver = Checkpointer(folder, keep=2)
+    for step in (1, 2, 3):
+        saver.save(step, make_state(step), data={"next_index": step}, meta={"width": 16})
+    saver.close()
+    assert warned == [] and sorted(p.name for p in folder.iterdir()) == ["2", "3"]
+    reader = Checkpointer(folder, keep=2)
+    state, data, meta = reader.restore(abstract(make_state()))
+    assert_same(state, make_state(3))
+    assert (data, meta) == ({"next_index": 3}, {"width": 16, "step": 3})
+    listed = json.loads((folder / "3" / MANIFEST).read_text())
+    there = set(files.tree(folder / "3")) - {MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
+    assert {name for name in there if not name.endswith("/")} == set(listed)
+    big = max(listed, key=lambda name: listed[name]["bytes"] if "/d/" in name else 0)
+    content = bytearray((folder / "3" / big).read_bytes())
+    content[len(content) // 2] ^= 1
+    files.write(folder / "3" / big, bytes(content))
+    assert_same(Checkpointer(folder).restore_params(None, "params", step=2)[0], make_state(2).params)
+    runner = Checkpointer(folder, keep=2)
+    assert_same(runner.restore(abstract(make_state()))[0], make_state(2))
+    (line,) = warned
+    assert "step 3 is damaged" in line and "another sha256" in line
+    runner.save(3, make_state(33), data={}, meta={})
+    runner.close()
+    assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(33))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["after save returned", "before the last object"])
+def test_kill_in_a_save_leaves_the_checkpoint_before(folder, warned, moment):
+    """Nothing is renamed: the killed save lies under its final name, and does not count."""
+    code = """
+import os, signal, sys
+from checkpoint_test import *
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+runner = Checkpointer(sys.argv[1], keep=2)
+runner.save(1, make_state(1), data={"next_index": 1}, meta={})
+runner.wait()
+if sys.argv[2] == "before the last object":
+    from orbax.checkpoint._src.path import atomicity
+    atomicity.on_commit_callback = kill
+runner.save(2, make_state(2, width=20_000), data={}, meta={})
+if sys.argv[2] == "after save returned":
+    kill()
+runner.wait()
+"""
+    call = [sys.executable, "-c", code, str(folder), moment]
+    done = subprocess.run(call, env=environment(1), capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left = sorted(p.name for p in folder.iterdir())
+    assert left in (["1"], ["1", "2"]) and (left == ["1", "2"] or moment == "after save returned")
+    if moment == "before the last object":
+        assert (folder / "2" / MANIFEST).exists() and not (folder / "2" / "commit_success.txt").exists()
+    runner = Checkpointer(folder, keep=2)
+    assert runner.latest_step() == 1
+    state, data, _ = runner.restore(abstract(make_state()))
+    assert_same(state, make_state(1))
+    assert data == {"next_index": 1}
+    runner.save(2, make_state(22), data={}, meta={})
+    runner.close()
+    assert Checkpointer(folder).all_steps() == [1, 2]
+    assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(22))
+
+
+# Prepared data
+
+
+def test_prepared_data_is_copied_once_and_checked(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = config_of(write_documents(tmp_path / "documents"), val_fraction=0.2, tokenizer="bpe:260")
+    prepare.prepare(config, prepare.Output(tmp_path / "out", 10 * 16 * 2 / 2**20))
+    spec = config_of(f"prepared:{folder}", tokenizer="bpe:260")
+    with pytest.raises(ValueError, match="data: got no gs://bucket/.*manifest.json .*wanted prepared data: run python"):
+        load(spec)
+    files.copy_folder(tmp_path / "out", folder)
+    shard = folder / "train-00001.array_record"
+    content = shard.read_bytes()
+    files.write(shard, content[:-1] + b"x")
+    with pytest.raises(ValueError, match="got another checksum for gs://bucket/.*train-00001.array_record"):
+        load(spec)
+    files.write(shard, content)
+    got, wanted = load(spec), load(config_of(f"prepared:{tmp_path}/out", tokenizer="bpe:260"))
+    assert got.content_hash == wanted.content_hash and got.tokenizer.fingerprint == wanted.tokenizer.fingerprint
+    for one, other in ((got.train, wanted.train), (got.val, wanted.val)):
+        np.testing.assert_array_equal(stream_of(one), stream_of(other))
+    assert "copying" in capsys.readouterr().out
+    load(spec)
+    assert "copying" not in capsys.readouterr().out
+
+
+# Whole runs
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(folder, tmp_path):
+    """Killed in the middle and continued; sampled, loaded and begun at from there."""
+
+    def call(workdir, *flags):
+        found = command(tmp_path / "run", *flags)
+        found[4] = f"--workdir={workdir}"
+        return subprocess.Popen(
+            found, cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(process):
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        return out
+
+    finish(call(tmp_path / "run"))
+    killed, deadline = call(folder / "run"), time.monotonic() + 200
+    while not any(step.name >= "8" for step in (folder / "run" / "checkpoints").glob("[0-9]*")):
+        assert killed.poll() is None and time.monotonic() < deadline
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (folder / "run" / "summary.json").exists()
+    out = finish(call(folder / "run"))
+    assert f"workdir  {folder}/run, continuing at step" in out
+    there = {name.split("/")[0] for name in files.tree(folder / "run")}
+    assert {"checkpoints", "loss.png", "metrics.jsonl", "omega.png", "samples", "summary.json", "tokenizer"} == there
+    rows = [
+        [(row["step"], row["train/loss"]) for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row]
+        for path in (folder / "run", tmp_path / "run")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+    assert "holds a finished run" in finish(call(folder / "run"))
+    assert "sample_1.txt" in finish(call(folder / "run", "--mode=sample"))
+    out = finish(call(tmp_path / "next", f"--config.train.init_from={folder}/run", "--config.train.steps=4"))
+    assert f"starting from step 40 of {folder}/run/checkpoints" in out
+    code = "import sys, smdlm; print(len(smdlm.load(sys.argv[1]).sample(count=2, steps=2)))"
+    loaded = subprocess.run([sys.executable, "-c", code, f"{folder}/run"], env=environment(1), capture_output=True)
+    assert loaded.stdout == b"2\n", loaded.stderr[-2000:]
+    refused = call(folder / "run", "--mode=generate")
+    _, err = refused.communicate()
+    assert refused.returncode == 2 and "--mode=generate, wanted a copy on this machine" in err
+
+
+def test_a_bucket_that_is_not_there_is_one_line():
+    """Before anything is read or compiled."""
+    with pytest.raises(ValueError, match="--workdir: got gs://no-such-bucket/run .*, wanted a folder of a bucket") as e:
+        check_folder("--workdir", files.path_of("--workdir", "gs://no-such-bucket/run"))
+    assert "\n" not in str(e.value)
