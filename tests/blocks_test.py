@@ -14,6 +14,7 @@ from smdlm.feedback.gates import ConstantGate
 from smdlm.models.decoder import Decoder
 from smdlm.ops.filters import Filters
 from smdlm.readout import Readout
+from smdlm.sampling.adaptive import Threshold
 from smdlm.sampling.blocks import BlockDecoder, block_times
 from smdlm.sampling.policies import Cap, Edit, Entropy, FirstHitting, MaxProbability
 from smdlm.sampling.transfer import Transfer
@@ -28,22 +29,11 @@ PARAMS = make_params(DENOISER, noise=0.6)
 KEYS = jax.random.split(jax.random.key(3), B)
 
 
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """The surest mask and all that are surer than tau: rows are done at different times."""
-
-    tau: float = 0.3
-
-    def init(self, masked):
-        return ()
-
-    def __call__(self, u, canvas, masked, draw, times, carry):
-        sure = jnp.where(masked, draw.feedback.probs[..., 0], -1.0)
-        best = jnp.arange(masked.shape[1]) == jnp.argmax(sure, axis=1, keepdims=True)
-        return best | (sure >= self.tau), jnp.zeros_like(masked), carry
+# Rows are done at different times, and its carry goes on from block to block.
+DECAYING = Threshold(0.3, start=0.5, decay=0.1)
 
 
-def decoder(policy=Threshold(), **options):
+def decoder(policy=DECAYING, **options):
     options = {"block": BLOCK, "filters": Filters(0.8, 0.9)} | options
     return BlockDecoder(DENOISER, Readout(k=2, chunk=5), policy, **options)
 
@@ -77,7 +67,7 @@ def test_a_row_alone_is_the_row_in_a_batch(cache):
         alone = forwards(made, *prompts([row] * B), KEYS[jnp.array([row] * B)])
         ends = together[-1].after, alone[-1].after
         assert len(alone) <= len(together) and len(alone) == waits[:, row].sum()
-        for got, wanted in zip(*(jax.tree.leaves((end.canvas, end.feedback)) for end in ends), strict=True):
+        for got, wanted in zip(*(jax.tree.leaves((end.canvas, end.feedback, end.policy)) for end in ends), strict=True):
             assert np.array_equal(np.asarray(got)[row], np.asarray(wanted)[row])
     assert not (np.asarray(together[-1].after.canvas) == MASK).any()
 
