@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import smdlm
-from smdlm import command
+from smdlm import command, startup
 from smdlm.evaluate.code import CodeEvaluation, replay
 from smdlm.evaluate.code_protocols import CODE_PROTOCOLS, CodeProtocol, Draw, Prompt, code_protocol
 from smdlm.evaluate.code_tasks import SETS, read_tasks
@@ -44,15 +44,16 @@ class Run:
     A chat is rendered by its tokenizer's own template, a plain text is continued whatever it holds.
 
     Attributes:
+      batch: rows of a program, also for fewer prompts: a text does not depend on where a killed run went on.
       block: positions, where the protocol leaves it open.
     """
 
     model: Trained
+    batch: int
     block: int = 0
 
     def __call__(self, prompts: Sequence[Prompt], draw: Draw) -> list[str]:
-        fields = self._fields(draw) | {"batch_size": len(prompts)}
-        return [answer.text for answer in self.model.answer(self._asked(prompts, draw), **fields).answers]
+        return [a.text for a in self.model.answer(self._asked(prompts, draw), **self._fields(draw)).answers]
 
     def check(self, prompts: Sequence[Prompt], draw: Draw) -> None:
         """ValueError, one line, before anything is computed: a prompt that does not fit, blocks that do not divide."""
@@ -60,7 +61,8 @@ class Run:
 
     def _fields(self, draw: Draw) -> dict[str, Any]:
         fields = {"steps": draw.steps, "temperature": draw.temperature, "top_p": draw.top_p, "policy": draw.policy}
-        return fields | {"new_tokens": draw.tokens, "block": self.block if draw.block is None else draw.block}
+        block = self.block if draw.block is None else draw.block
+        return fields | {"new_tokens": draw.tokens, "batch_size": self.batch, "block": block}
 
     def _asked(self, prompts: Sequence[Prompt], draw: Draw) -> list[TokenPrompt]:
         return [self._one(p, (draw.seed + n) % 2**32) for p, n in zip(prompts, draw.numbers, strict=True)]
@@ -82,9 +84,8 @@ def load(given: argparse.Namespace, protocol: CodeProtocol) -> tuple[dict[str, A
     trained = smdlm.load(workdir, given.config, changes)
     facts = {"name": workdir.name, "step": trained.step}
     told = {"config": given.config, "changes": dict(sorted(changes.items()))}
-    return facts | {name: value for name, value in told.items() if value}, Run(
-        trained, changes.get("generate.block", 0)
-    )
+    run = Run(trained, given.batch, changes.get("generate.block", 0))
+    return facts | {name: value for name, value in told.items() if value}, run
 
 
 def table(records: Sequence[Record]) -> str:
@@ -141,6 +142,7 @@ def run(given: argparse.Namespace) -> list[Record]:
         generate = replay(protocol, given.set, tasks, outside)
     else:
         workdir = local_path("--workdir", given.workdir)
+        startup.prepare(workdir.parent / "compiled")
         model, generate = load(given, protocol)
         prompts = [protocol.prompt(given.set, task, outside) for task in tasks.values()]
         for share in shares:
