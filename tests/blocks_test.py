@@ -19,7 +19,7 @@ from smdlm.sampling.blocks import BlockDecoder, block_times
 from smdlm.sampling.policies import Cap, Edit, Entropy, FirstHitting, MaxProbability
 from smdlm.sampling.transfer import Transfer
 from smdlm.softmask import SoftMask
-from smdlm.tools.decoding import Case, cases, counted
+from smdlm.tools.decoding import Case, _row, cases, counted
 
 B, L, FIRST, BLOCK, V, MASK, PAD = 3, 12, 4, 4, 24, 20, 0
 MODEL = Decoder(V, 26, 16, 2, heads=4, key_heads=2, hidden=24, rope_base=500.0, shift=True, tied=False, qkv_bias=True)
@@ -138,6 +138,18 @@ def test_the_bench_at_full_size():
         rows = counted(cases(size, 1024, 512, 32, per_forward))
         assert rows["dual, soft-masked"]["fewer_than_uncached"] > 4
         assert all(row["soft_masking_percent"] < 3 for name, row in rows.items())
+
+
+def test_ratios_of_the_bench_are_of_one_round():
+    """A machine that is three times slower in the second round changes none of them."""
+    made = cases("smollm", 1024, 64, 32, 4)
+    took = {"none, binary": 4.0, "none, soft-masked": 5.0, "dual, binary": 1.0, "dual, soft-masked": 1.25}
+    rounds = [{name: (slower * seconds, 16) for name, seconds in took.items()} for slower in (1, 3, 1)]
+    rows = {name: _row(name, made[name], rounds) for name in took}
+    assert [row["faster_than_uncached"] for row in rows.values()] == [1, 1, 4, 4]
+    assert [row["soft_masking_percent_of_time"] for row in rows.values()] == [0, 25, 0, 25]
+    assert rows["dual, binary"]["tokens_per_s"] == 64 and rows["dual, binary"]["ms_per_forward"] == 62.5
+    assert made["dual, binary"].blocks == 2
 
 
 def test_ahead():
