@@ -27,6 +27,7 @@ from smdlm.sampling.generate import GenerateConfig, Generated, Generator, Prompt
 from smdlm.sampling.trace import Trace
 
 BLANK = "____"
+OF_GENERATE = {field.name for field in dataclasses.fields(GenerateConfig)}
 CONTEXT = 2048  # tokens that a converted decoder, whose positions have no end, is shown at once
 
 
@@ -174,7 +175,8 @@ class Trained:
           path: of a file to write: .html, or .svg for an animated picture.
           against: another model of the same vocabulary and canvas, played beside this one with the same noise, e.g.
             the binary control of a soft-masked run; without it the same weights with nothing fed back.
-          sampling: fields of config.sampling, for both.
+          sampling: fields of config.sampling, for both. With one of config.generate (new_tokens, block, cache, ..) it
+            plays the answer of `generate([prompt], ..)`, beside it the same without the cache.
 
         Raises:
           ValueError: one line; an AR model, another vocabulary or canvas, an ending that is not known.
@@ -193,9 +195,12 @@ class Trained:
             viewer.write(local_path("watch", path), show)
         return Page(viewer.page(show))
 
-    def _watched(self, **sampling: Any) -> dict[str, Trace]:
+    def _watched(self, prompt: str, seed: int, **fields: Any) -> dict[str, Trace]:
         with jax.set_mesh(self.experiment.mesh):
-            return experiment.watch(self._sampling(**sampling), self.params)
+            if not OF_GENERATE & set(fields):
+                return experiment.watch(self._sampling(prompt=prompt, seed=seed, **fields), self.params)
+            asked = parse({"prompt": prompt, "seed": seed}, self.tokenizer, seed, "watch")
+            return experiment.watch_answer(self._sampling(**fields), self.params, asked)
 
     def generate(self, prompts: Sequence[str | Mapping[str, Any]], *, seed: int = 0, **fields: Any) -> Generated:
         """Answers to prompts, with what they took: forward passes, FLOPs, seconds.
@@ -282,8 +287,7 @@ class Trained:
 
     def _sampling(self, **fields: Any) -> Experiment:
         """The experiment with other fields of config.sampling and config.generate, checked like a command line's."""
-        own = {field.name for field in dataclasses.fields(GenerateConfig)}
-        given = {f"{'generate' if name in own else 'sampling'}.{name}": value for name, value in fields.items()}
+        given = {f"{'generate' if name in OF_GENERATE else 'sampling'}.{name}": x for name, x in fields.items()}
         config = read(_changed(self.settings, given), list(given))
         config = dataclasses.replace(self.experiment.config, sampling=config.sampling, generate=config.generate)
         sampler = make_sampler(config, self.denoiser, self.tokenizer.bos_id)
