@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import blocks_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from smdlm.full_softmask import FullSoftMask
 from smdlm.ops.filters import Filters
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import Ancestral
-from smdlm.sampling.trace import Trace, _shown, record
+from smdlm.sampling.trace import Trace, _shown, record, record_blocks
 from smdlm.softmask import Feedback, SoftMask
 
 B, L, T, K = 2, 8, 5, 3
@@ -151,6 +152,34 @@ def test_only_operators_that_mix_show_a_soft_mask():
         remembered, lam = _shown(denoiser, params, canvas, seen)
         np.testing.assert_allclose(lam, [[0.3 * operator.mixes, 0, 0.3 * operator.mixes, 0]], rtol=1e-6)
         assert remembered.active.tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_row_of_block_decoding(soft):
+    """Without its padding; a frame for each pass that it took part in, with what that computed."""
+    made = blocks_test.decoder(blocks_test.DECAYING, cache="dual", use_feedback=soft)
+    canvas, seen = blocks_test.prompts()
+    run = blocks_test.forwards(made, canvas, seen)
+    taken = np.stack([forward.waiting for forward in run]).sum(0)
+    row = int(np.where(taken < len(run), taken, 0).argmax())  # of those that wait for another the longest
+    padding, length = (0, 2, 1)[row], blocks_test.L - (0, 2, 1)[row]
+    trace = record_blocks(made, blocks_test.PARAMS, run, np.asarray(seen), row)
+    mine = [forward for forward in run if forward.waiting[row]]
+    assert (len(mine) < len(run) or not soft) and len(trace.tokens) == len(mine) + 1
+    assert trace.forwards.tolist() == list(range(len(trace.tokens))) and trace.fed_back == soft
+    np.testing.assert_array_equal(trace.tokens[0], canvas[row, padding:])
+    assert trace.prompt.tolist() == [True] * (length - 8) + [False] * 8
+    for frame, forward in enumerate(mine, 1):
+        np.testing.assert_array_equal(trace.tokens[frame], forward.after.canvas[row, padding:])
+        start, end = forward.start - padding, forward.start + forward.size - padding
+        assert trace.computed[frame].tolist() == [max(start, 0), end]
+        inside = (np.arange(length) >= start) & (np.arange(length) < end)
+        remembered = trace.masked[frame] if soft else trace.masked[frame] & inside
+        np.testing.assert_array_equal(trace.predicted[frame], remembered)
+    assert [0, length] in trace.computed[1:].tolist() and (np.diff(trace.computed) < length).any()
+    entropy = trace.entropy[trace.predicted]
+    assert (entropy > 0).all() and not trace.lam[~trace.predicted].any()
+    np.testing.assert_allclose(trace.lam[trace.predicted], 0.6 * soft, rtol=1e-6)
 
 
 def test_settled_is_the_frame_of_the_last_change():
