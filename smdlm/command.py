@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from smdlm.files import is_url, local_path, one_line, plain_output, write
 
@@ -189,6 +190,24 @@ def config_file() -> str:
 def config_name() -> str:
     """'tiny' of --config=configs/tiny.py."""
     return Path(config_file()).stem
+
+
+def config_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """{'section.field': value} of --config.SECTION.FIELD=VALUE, for commands that need no --config=FILE.
+
+    Raises:
+      ValueError: one line; an argument that is none.
+    """
+    for argument in arguments:
+        if not re.fullmatch(r"--config\.\w+\.\w+=.*", argument, re.DOTALL):
+            raise ValueError(f"arguments: got {argument}, wanted --config.SECTION.FIELD=VALUE, or a flag of --help")
+    values, words = flags.FlagValues(), ["", *arguments]
+    config = ConfigDict({argument.split(".")[1]: {} for argument in arguments})
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, lock_config=False, accept_new_attributes=True, sys_argv=words
+    )
+    values(words)
+    return config_flags.get_override_values(values["config"])
 
 
 def again(*changes: str) -> str:

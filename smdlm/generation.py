@@ -40,6 +40,7 @@ def run(config: Config, workdir: Path, checkpointer: Checkpointer) -> None:
         params, step = experiment.restore(made, checkpointer, config.sampling.omega)
         generated = generator(params, prompts)
         verified = verify(generator, params, prompts).summary() if given.verify_cache else {}
+        experiment.write_viewer(made, params, prompts[0])
     if jax.process_index() == 0:
         name = unused_name(workdir / "samples", f"step_{step:08d}_generate")
         writer = Writer(workdir, total_steps=step)

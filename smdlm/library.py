@@ -23,19 +23,21 @@ from smdlm.files import local_path, path_of
 from smdlm.io import viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
-from smdlm.sampling.generate import GenerateConfig, Generated, parse
+from smdlm.sampling.generate import GenerateConfig, Generated, Generator, Prompt, parse
 from smdlm.sampling.trace import Trace
 
 BLANK = "____"
+OF_GENERATE = {field.name for field in dataclasses.fields(GenerateConfig)}
 CONTEXT = 2048  # tokens that a converted decoder, whose positions have no end, is shown at once
 
 
-def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
+def load(workdir: str | Path, config: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Trained:
     """The EMA weights of a workdir's newest checkpoint, ready to sample, infill and score on one device.
 
     Args:
       workdir: of `smdlm.main`, or of `smdlm.convert import`.
       config: a config file; without one that of the run is used, and a converted decoder or GPT-2 describes itself.
+      changes: {'section.field': value} of that config, e.g. {'data.seq_len': 2048}.
 
     Raises:
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
@@ -53,12 +55,22 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
         raise ValueError(
             f"{workdir}: got a converted checkpoint, wanted its config beside it: load(workdir, config=FILE)"
         )
-    made = read(settings)
+    settings = _changed(settings, changes or {})
+    made = read(settings, list(changes or {}))
     mesh = MeshConfig(data=1).make(jax.devices()[:1])
     assembled = assemble(made, tokenizer_of_run(workdir, made.data.tokenizer), mesh, None)
     with jax.set_mesh(mesh):
         params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
     return Trained(assembled, params, step, settings)
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, by sections, with {'section.field': value} put into it."""
+    settings = copy.deepcopy(dict(settings))
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        settings[section] = {**settings.get(section, {}), field: value}
+    return settings
 
 
 def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
@@ -163,7 +175,8 @@ class Trained:
           path: of a file to write: .html, or .svg for an animated picture.
           against: another model of the same vocabulary and canvas, played beside this one with the same noise, e.g.
             the binary control of a soft-masked run; without it the same weights with nothing fed back.
-          sampling: fields of config.sampling, for both.
+          sampling: fields of config.sampling, for both. With one of config.generate (new_tokens, block, cache, ..) it
+            plays the answer of `generate([prompt], ..)`, beside it the same without the cache.
 
         Raises:
           ValueError: one line; an AR model, another vocabulary or canvas, an ending that is not known.
@@ -182,9 +195,12 @@ class Trained:
             viewer.write(local_path("watch", path), show)
         return Page(viewer.page(show))
 
-    def _watched(self, **sampling: Any) -> dict[str, Trace]:
+    def _watched(self, prompt: str, seed: int, **fields: Any) -> dict[str, Trace]:
         with jax.set_mesh(self.experiment.mesh):
-            return experiment.watch(self._sampling(**sampling), self.params)
+            if not OF_GENERATE & set(fields):
+                return experiment.watch(self._sampling(prompt=prompt, seed=seed, **fields), self.params)
+            asked = parse({"prompt": prompt, "seed": seed}, self.tokenizer, seed, "watch")
+            return experiment.watch_answer(self._sampling(**fields), self.params, asked)
 
     def generate(self, prompts: Sequence[str | Mapping[str, Any]], *, seed: int = 0, **fields: Any) -> Generated:
         """Answers to prompts, with what they took: forward passes, FLOPs, seconds.
@@ -202,12 +218,21 @@ class Trained:
         if isinstance(prompts, (str, Mapping)):
             raise ValueError(f"generate: got {prompts!r}, wanted a list of prompts")
         records = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-        parsed = [parse(x, self.tokenizer, (seed + i) % 2**32, f"prompt {i + 1}") for i, x in enumerate(records)]
-        if not parsed:
+        return self.answer(
+            [parse(x, self.tokenizer, (seed + i) % 2**32, f"prompt {i + 1}") for i, x in enumerate(records)], **fields
+        )
+
+    def answer(self, prompts: Sequence[Prompt], **fields: Any) -> Generated:
+        """`generate` of prompts that are tokens already (`smdlm.sampling.generate.parse`, `continued`)."""
+        if not prompts:
             raise ValueError("generate: got no prompts, wanted at least 1")
-        generator = experiment.make_generator(self._sampling(**fields))
+        generator = self.generator(**fields)
         with jax.set_mesh(self.experiment.mesh):
-            return generator(self.params, parsed)
+            return generator(self.params, prompts)
+
+    def generator(self, **fields: Any) -> Generator:
+        """What answers prompts with these fields; its `batches` say what does not fit before anything is computed."""
+        return experiment.make_generator(self._sampling(**fields))
 
     def chat(self, messages: str | Messages, *, prefix: str = "", stop: Sequence[str] = (), **fields: Any) -> str:
         """The assistant's next turn, of a tokenizer with a chat template.
@@ -262,13 +287,8 @@ class Trained:
 
     def _sampling(self, **fields: Any) -> Experiment:
         """The experiment with other fields of config.sampling and config.generate, checked like a command line's."""
-        settings = copy.deepcopy(dict(self.settings))
-        own = {field.name for field in dataclasses.fields(GenerateConfig)}
-        given = {f"{'generate' if name in own else 'sampling'}.{name}": value for name, value in fields.items()}
-        for name, value in given.items():
-            section, _, field = name.partition(".")
-            settings[section] = {**settings.get(section, {}), field: value}
-        config = read(settings, list(given))
+        given = {f"{'generate' if name in OF_GENERATE else 'sampling'}.{name}": x for name, x in fields.items()}
+        config = read(_changed(self.settings, given), list(given))
         config = dataclasses.replace(self.experiment.config, sampling=config.sampling, generate=config.generate)
         sampler = make_sampler(config, self.denoiser, self.tokenizer.bos_id)
         return dataclasses.replace(self.experiment, config=config, sampler=sampler)

@@ -86,9 +86,11 @@ class SoftMask:
       k: how many candidates are remembered (paper: 3 for language, 1 for code).
       gate, mixer: see there.
       everywhere: whether positions that hold a token remember the prediction too; what is given (a prompt) never does.
+      mixes: whether a masked position is shown the mix of mask and candidate, so that lambda is a share of it.
     """
 
     everywhere: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
 
     k: int = 3
     gate: Gate = EntropyGate()

@@ -1,5 +1,6 @@
 """Code evaluation: tasks, protocols, the estimator, and runs that are killed and go on."""
 
+import dataclasses
 import gzip
 import importlib.util
 import itertools
@@ -9,7 +10,9 @@ import types
 
 import numpy as np
 import pytest
+from chat_test import write_folder
 
+from smdlm.data.tokenizer import make_tokenizer
 from smdlm.evaluate import code, code_tasks, sandbox
 from smdlm.evaluate.code import CodeEvaluation, jackknife, pass_at_k, replay, values_of
 from smdlm.evaluate.code_protocols import CODE_PROTOCOLS, FEWSHOT, Draw, Prompt, code_protocol
@@ -149,12 +152,64 @@ def test_the_package_with_the_data(monkeypatch, tmp_path, humaneval):
     [
         (HUMANEVAL[:2], "got 2 tasks of humaneval, wanted 3"),
         ([*HUMANEVAL[:2], {"task_id": "HumanEval/3"}], "got line 3 without 'entry_point'"),
-        ([*HUMANEVAL[:2], 3], "got line 3 without"),
+        ([*HUMANEVAL[:2], 3], "got line 3 that can not be read"),
+        ([*HUMANEVAL[:2], HUMANEVAL[2] | {"prompt": None}], "line 3 that can not be read .TypeError: prompt is None"),
+        ([*HUMANEVAL, HUMANEVAL[0] | {"task_id": "HumanEval/9"}], "got 4 tasks of humaneval, wanted 3"),
+        ([HUMANEVAL[0], *HUMANEVAL[:2]], "got 2 tasks of humaneval, wanted 3"),
     ],
 )
 def test_files_that_are_not_the_set(humaneval, tmp_path, rows, line):
     with pytest.raises(ValueError, match=line):
         read_tasks("humaneval", write(tmp_path / "other.jsonl", rows))
+
+
+# A row of each public file, as its authors publish it.
+MBPP_ROW = {
+    **{"text": "Write a function to add 1.", "code": "def add(x):\r\n  return x + 1", "task_id": 11},
+    **{"test_setup_code": "", "test_list": ["assert add(1) == 2"], "challenge_test_list": []},
+}
+MBPP_PLUS_ROW = {
+    **{"task_id": 2, "code": "\ndef add(x):\n  return x + 1\n", "prompt": "Write a function to add 1."},
+    **{"source_file": "Benchmark Questions Verification V2.ipynb", "test_imports": ["import math"]},
+    **{
+        "test_list": ["assert add(1) == 2"],
+        "test": "import numpy as np\n\ndef assertion(out, exp): assert out == exp\n",
+    },
+}
+HUMANEVAL_PLUS_ROW = {
+    **{"task_id": "HumanEval/0", "prompt": 'def one(x):\n    """ Adds 1. """\n', "entry_point": "one"},
+    **{"canonical_solution": "    return x + 1\n", "test": "def check(candidate):\n    assert candidate(1) == 2\n"},
+    **{"contract": "", "base_input": [[1]], "plus_input": [], "atol": 0},  # EvalPlus's own file has these, too
+}
+
+
+@pytest.mark.parametrize(
+    "set_name, row", [("mbpp", MBPP_ROW), ("mbpp_plus", MBPP_PLUS_ROW), ("humaneval_plus", HUMANEVAL_PLUS_ROW)]
+)
+def test_public_layouts(monkeypatch, tmp_path, set_name, row):
+    monkeypatch.setitem(SETS, set_name, dataclasses.replace(SETS[set_name], tasks=1))
+    tasks, _ = read_tasks(set_name, write(tmp_path / "one.jsonl", [row]))
+    (task,) = tasks.values()
+    assert task.entry_point in ("add", "one") and "return x + 1" in task.solution and task.tests
+    # A separator that is a line's end to some, within a text.
+    (tmp_path / "two.jsonl").write_text(json.dumps(row | {"code": "a\u2028b"}, ensure_ascii=False) + "\n", "utf-8")
+    assert list(read_tasks(set_name, str(tmp_path / "two.jsonl"))[0]) == list(tasks)
+    if set_name == "humaneval_plus":
+        return
+    for wrong, line in (
+        ({"test_list": "assert add(1) == 2"}, "TypeError: test_list is 'assert add"),
+        ({"test_list": ["assert add(1 == 2"]}, "SyntaxError"),
+        ({"test_list": []}, "IndexError"),
+        ({"code": None}, "TypeError: solution is None"),
+        ({"task_id": "x"}, "ValueError" if set_name == "mbpp" else None),
+    ):
+        bad = write(tmp_path / "bad.jsonl", [row | wrong])
+        if line:
+            with pytest.raises(ValueError, match=f"bad.jsonl: got line 1 that can not be read .{line}"):
+                read_tasks(set_name, bad)
+    native = {"task_id": "Mbpp/2", "prompt": "", "entry_point": "add", "canonical_solution": "", "base_input": []}
+    with pytest.raises(ValueError, match="got line 1 without 'test_list', wanted a task of mbpp"):
+        read_tasks(set_name, write(tmp_path / "native.jsonl", [native]))
 
 
 def test_other_mistakes(humaneval, tmp_path, monkeypatch):
@@ -368,24 +423,71 @@ def test_command(humaneval, tmp_path, capsys):
         assert line in capsys.readouterr().err
 
 
-def test_a_run_as_a_model():
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(f"hf:{write_folder(tmp_path_factory.mktemp('code'))}")
+
+
+def test_a_run_as_a_model(tokenizer):
+    """A chat by the tokenizer's template, a plain text as it is, also with a literal [MASK] in it."""
     asked = {}
 
-    def generate(records, **fields):
-        asked.update(records=records, fields=fields)
-        return types.SimpleNamespace(answers=[types.SimpleNamespace(text="x") for _ in records])
+    def answer(prompts, **fields):
+        asked.update(prompts=prompts, fields=fields)
+        return types.SimpleNamespace(answers=[types.SimpleNamespace(text="x") for _ in prompts])
 
-    answer = command.of_run(types.SimpleNamespace(generate=generate))
+    run = command.Run(types.SimpleNamespace(answer=answer, tokenizer=tokenizer), batch=8, block=4)
     draw = Draw(16, 4, 7, (0, 3), 0.1, 0.9, "entropy", 8)
-    assert answer([Prompt(None, "a"), Prompt("u", "b")], draw) == ["x", "x"]
-    assert asked["records"] == [
-        {"prompt": "a", "seed": 7},
-        {"messages": [{"role": "user", "content": "u"}], "prefix": "b", "seed": 10},
-    ]
+    assert run([Prompt(None, "a [MASK]"), Prompt("u", "b")], draw) == ["x", "x"]
+    plain, chat = asked["prompts"]
+    assert plain.ids.tolist() == tokenizer.encode("a [MASK]").tolist() and not plain.infill and plain.seed == 7
+    assert chat.ids[-1] == tokenizer.encode("b")[-1] and len(chat.ids) > 5 and chat.seed == 10
     assert asked["fields"] == {
         **{"steps": 4, "temperature": 0.1, "top_p": 0.9, "policy": "entropy"},
-        **{"new_tokens": 16, "block": 8, "batch_size": 2},
+        **{"new_tokens": 16, "block": 8, "batch_size": 8},
     }
+    run([Prompt(None, "a")], dataclasses.replace(draw, numbers=(0,), block=None))
+    assert asked["fields"]["block"] == 4  # where a protocol has none
+
+
+def test_fields_of_the_config(humaneval, tmp_path, monkeypatch, capsys):
+    """--config.SECTION.FIELD as for smdlm.main: into the run's config and the record; what a protocol fixes is refused,
+    and a prompt that does not fit, before anything is drawn."""
+    loaded, checked = [], []
+
+    def load(workdir, config, changes):
+        loaded.append((config, changes))
+        return types.SimpleNamespace(step=7, tokenizer=make_tokenizer("bytes"), generator=lambda **fields: generator)
+
+    def batches(prompts):
+        checked.append(len(prompts))
+        raise ValueError("prompt 3: got 9 tokens")
+
+    generator = types.SimpleNamespace(batches=batches)
+    monkeypatch.setattr(command.smdlm, "load", load)
+    words = f"--protocol=fast_dllm --set=humaneval --tasks={humaneval} --workdir={tmp_path / 'run'}".split()
+    changes = ["--config.generate.cache=dual", "--config.data.seq_len=512", "--config.softmask.soften=True"]
+    with pytest.raises(SystemExit):
+        command.main([*words, *changes])
+    assert loaded == [(None, {"generate.cache": "dual", "data.seq_len": 512, "softmask.soften": True})]
+    assert checked == [3] and "error: prompt 3: got 9 tokens" in capsys.readouterr().err
+    given = types.SimpleNamespace(
+        workdir=str(tmp_path / "run"), config=None, batch=2, changes=["--config.generate.block=8"]
+    )
+    facts, run = command.load(given, code_protocol("ibm"))
+    assert facts == {"name": "run", "step": 7, "changes": {"generate.block": 8}} and (run.batch, run.block) == (2, 8)
+    for wrong, line in (
+        ("--config.generate.block=8", "--config.generate.block: got 8, wanted none: --protocol"),
+        ("--config.sampling.steps=8", "--config.sampling.steps: got 8, wanted none"),
+        ("--config.generate=8", "arguments: got --config.generate=8, wanted --config.SECTION.FIELD=VALUE"),
+        ("--cofnig.generate.block=8", "arguments: got --cofnig"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([*words, wrong])
+        assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*words[:3], f"--replay={tmp_path}", "--config.generate.cache=dual"])
+    assert "--config: got it with --replay" in capsys.readouterr().err
 
 
 @pytest.mark.slow

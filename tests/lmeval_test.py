@@ -1,5 +1,6 @@
 """The adapter for lm-eval: likelihoods of continuations and texts, by itself and, if it is there, under lm-eval."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from smdlm.config import read
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.library import Trained
 from smdlm.mesh.rules import MeshConfig
+from smdlm.sampling.generate import continued
 from smdlm.tools import lmeval
 from smdlm.tools.lmeval import Harness
 
@@ -151,17 +153,37 @@ def test_generation(harness):
     assert stop not in harness.generate_until(requests(("Document 3", {**sharp, "until": stop})))[0]
 
 
+def test_contexts_are_text_and_an_empty_one_begins_a_document(harness):
+    """A literal [MASK] is not a mask, and nothing before a text is the start of a document."""
+    tokenizer, asked = harness.model.tokenizer, []
+    with pytest.MonkeyPatch.context() as patch:
+        answers = lambda prompts, **fields: asked.extend(prompts) or types.SimpleNamespace(answers=[])
+        patch.setattr(Trained, "answer", lambda model, prompts, **fields: answers(prompts))
+        harness._answers([continued(text, tokenizer, 3) for text in ("", "a [MASK] b", "x" * 99)], 8, True)
+    assert [prompt.infill for prompt in asked] == [False] * 3
+    assert asked[0].ids.tolist() == [tokenizer.bos_id]
+    assert asked[1].ids.tolist() == tokenizer.encode("a [MASK] b").tolist() and tokenizer.mask_id not in asked[1].ids
+    assert len(asked[2].ids) == harness.model.length - 8  # the end of what is too long
+    row, given = harness._row("", "ab")
+    assert row.tolist() == [tokenizer.bos_id, *tokenizer.encode("ab")] and given == 1
+    row, given = harness._row("[MASK]", "ab")
+    assert tokenizer.mask_id not in row and given == 6
+    given = {"max_gen_toks": 8, "until": []}
+    texts = harness.generate_until(requests(("", given), ("a [MASK]", given)))
+    assert all(texts) and all("[MASK]" not in text for text in texts)
+
+
 def test_greedy(harness, monkeypatch):
-    asked = []
-
-    def written(contexts, tokens, cold, seeds):
-        asked.append((tokens, cold))
-        return [" 3"]
-
-    monkeypatch.setattr(harness, "_written", written)
+    """By tokens; what is decoded at temperature 0 behind a context is what is greedy there."""
+    prompt = continued("Document", harness.model.tokenizer, 0)
+    (answer,) = harness._answers([dataclasses.replace(prompt, ends=())], 8, True)
+    row = np.concatenate([prompt.ids, answer.ids])
+    monkeypatch.setattr(harness, "_row", lambda context, continuation: (row, len(prompt.ids)))
+    assert not harness._is_greedy("Document", "x")  # it is not asked for
     monkeypatch.setattr(harness, "greedy", True)
-    assert [greedy for _, greedy in harness.loglikelihood(requests(*PAIRS[:2]))] == [True, False]
-    assert asked == [(2, True), (10, True)]
+    assert harness._is_greedy("Document", "x")
+    row[-1] = (row[-1] + 1) % 256
+    assert not harness._is_greedy("Document", "x")
 
 
 def test_an_autoregressive_model_is_exact(workdir, monkeypatch):

@@ -24,7 +24,7 @@ MASK = len(WORDS)
 L, T, K = 12, 10, 3
 
 
-def make_trace(*, soft=True, seed=0, length=L, steps=T, cached=0, again=True):
+def make_trace(*, soft=True, seed=0, length=L, steps=T, computed=None, again=True, fed=None):
     """A made-up run: two tokens given, the rest committed in a random order, one of them masked again in between."""
     rng = np.random.default_rng(seed)
     last = rng.integers(0, MASK, length)
@@ -47,7 +47,8 @@ def make_trace(*, soft=True, seed=0, length=L, steps=T, cached=0, again=True):
         entropy=np.where(predicted, rng.uniform(0, 4, tokens.shape), 0).astype(np.float32),
         lam=lam.astype(np.float32),
         forwards=np.arange(steps + 1),
-        cached=np.full(steps + 1, cached),
+        computed=np.tile(computed or (0, length), (steps + 1, 1)),
+        fed_back=soft if fed is None else fed,
     )
 
 
@@ -70,6 +71,7 @@ def test_the_page_holds_the_run():
     np.testing.assert_array_equal(words, trace.tokens)
     np.testing.assert_array_equal(run["settled"], trace.settled)
     assert run["prompt"][:3] == [1, 1, 0] and run["again"] and run["forwards"][-1] == T
+    assert run["fed"] and not data["runs"][1]["fed"] and run["computed"] == [[0, L]] * (T + 1)
     assert run["seen"][0] == [-1] * (L - 2)  # nothing is predicted before the first step
     stride, places = 2 + 2 * K, np.flatnonzero(trace.masked[3])
     numbers = np.array(run["seen"][3]).reshape(len(places), stride)
@@ -108,6 +110,15 @@ def test_runs_remembering_a_different_number_of_candidates():
     data = data_of(viewer.page(make_show(runs={"a": one, "b": fewer})))
     assert data["candidates"] == 2
     assert data["runs"][0]["seen"] == data["runs"][1]["seen"]
+
+
+def test_what_is_fed_back_but_not_as_a_soft_mask():
+    """Neither a soft mask nor thrown away: an operator may feed predictions back in another way."""
+    data = data_of(viewer.page(make_show(runs={"doubt": make_trace(soft=False, fed=True)})))
+    assert data["runs"][0]["fed"] and not data["runs"][0]["soft"]
+    assert 'run.fed ? "predicted, fed back but not as a soft mask" : "predicted, thrown away"' in viewer._part(
+        "page.js"
+    )
 
 
 def test_a_notebook_shows_the_page_in_a_frame():
@@ -282,7 +293,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "out.html"
-    runs = {"soft-masked": make_trace(cached=3), "binary": make_trace(soft=False)}
+    runs = {"soft-masked": make_trace(computed=(3, 9)), "binary": make_trace(soft=False)}
     viewer.write(path, make_show(runs=runs))
     return path
 
@@ -344,11 +355,14 @@ def test_what_a_step_shows(browser, file):
         for place, names in enumerate(classes):
             assert ("mask" in names) == trace.masked[frame, place]
             assert ("given" in names) == (place < 2) and ("edge" in names) == (place == 2)
+            assert ("resumed" in names) == (place == 9)
             before = trace.masked[max(frame - 1, 0), place]
             assert ("fresh" in names) == (not trace.masked[frame, place] and before)
             assert ("again" in names) == (trace.masked[frame, place] and not before)
         status = browser("document.querySelector('.run.soft .status').textContent")
-        assert status.startswith(f"{trace.masked[frame].sum()} of {L} masked") and status.endswith("first 3 cached")
+        assert status.startswith(f"{trace.masked[frame].sum()} of {L} masked") and status.endswith(
+            "4\u20139 computed, the rest cached"
+        )
     # The ink of candidates is in proportion to their weights, and a binary run shows none.
     browser.open(file, "step=3")
     ink = (
@@ -360,6 +374,15 @@ def test_what_a_step_shows(browser, file):
     strength = np.sqrt(trace.lam[3] / trace.lam.max())[:, None]
     np.testing.assert_allclose(soft[where], (strength * weights)[where], atol=0.01)
     assert not soft[~where & (trace.tokens[3] == trace.tokens[-1])].any() and not plain[where].any()
+
+
+def test_two_soft_runs_have_two_colours(browser, tmp_path):
+    viewer.write(tmp_path / "out.html", make_show(runs={"dual cache": make_trace(), "no cache": make_trace(seed=1)}))
+    browser.open(tmp_path / "out.html", "step=3&at=5")
+    kinds = browser("[...document.querySelectorAll('.run')].map(r => getComputedStyle(r).getPropertyValue('--of'))")
+    assert len(kinds) == len(set(kinds)) == 2
+    heads = browser("[...document.querySelectorAll('.card th:first-child')].map(th => th.textContent)")
+    assert heads == ["the next step sees"] * 2 and browser.complaints() == []
 
 
 def test_numbers_of_a_position(browser, file):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smdlm.files import local_path
+from smdlm.files import local_path, one_line
 
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse raises for a text of a model
 
@@ -88,10 +88,14 @@ def read_tasks(set_name: str, file: str = "", limit: int = 0) -> tuple[dict[str,
     inside, outside = {}, {}
     for number, row in enumerate(_rows(path), 1):
         try:
-            task = read(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            task = _checked(read(row))
+            here = wanted.first is None or wanted.first <= int(re.sub(r"\D", "", task.name)) <= wanted.last
+        except KeyError as error:
             raise ValueError(f"{path}: got line {number} without {error}, wanted a task of {set_name}") from error
-        here = wanted.first is None or wanted.first <= int(re.sub(r"\D", "", task.name)) <= wanted.last
+        except (*UNPARSABLE, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: got line {number} that can not be read ({one_line(error)}), wanted a task of {set_name}"
+            ) from error
         (inside if here else outside)[task.name] = task
     if len(inside) != wanted.tasks:
         raise ValueError(f"{path}: got {len(inside)} tasks of {set_name}, wanted {wanted.tasks}: another file")
@@ -109,7 +113,7 @@ def _packaged(set_name: str) -> Path:
 def _rows(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     try:
-        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8").splitlines()
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: got a file that is no JSONL ({error}), wanted one task a line") from error
@@ -131,6 +135,8 @@ def _humaneval(row: Mapping[str, Any]) -> Task:
 
 def _mbpp(row: Mapping[str, Any]) -> Task:
     name = row["task_id"]
+    if not isinstance(row["test_list"], list):
+        raise TypeError(f"test_list is {row['test_list']!r}"[:80])
     asserts = tuple(row["test_list"])
     imports = row.get("test_imports", [])
     return Task(
@@ -142,6 +148,16 @@ def _mbpp(row: Mapping[str, Any]) -> Task:
         setup="\n".join([*imports, row.get("test_setup_code", "")]),
         solution=row["code"],
     )
+
+
+def _checked(task: Task) -> Task:
+    """The task. TypeError, one line: a field that is no text."""
+    for field in dataclasses.fields(task):
+        value = getattr(task, field.name)
+        texts = value if field.name == "asserts" else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{field.name} is {value!r}"[:80])
+    return task
 
 
 def _called(test: str) -> str:

@@ -28,6 +28,7 @@ from smdlm.experiment.sampling import (
     show,
     subject,
     watch,
+    watch_answer,
     write_viewer,
 )
 from smdlm.experiment.training import finished, train
@@ -58,5 +59,6 @@ __all__ = [
     "subject",
     "train",
     "watch",
+    "watch_answer",
     "write_viewer",
 ]

@@ -19,10 +19,10 @@ from smdlm.files import local_path
 from smdlm.io import viewer
 from smdlm.mesh.arrays import fetch
 from smdlm.sampling.blocks import BlockDecoder
-from smdlm.sampling.generate import Generated, Generator
+from smdlm.sampling.generate import Generated, Generator, Prompt
 from smdlm.sampling.loop import Sampler
 from smdlm.sampling.policies import POLICIES, Entropy, Margin, MaxProbability, Policy
-from smdlm.sampling.trace import Trace, record
+from smdlm.sampling.trace import Trace, record, record_blocks
 from smdlm.sampling.transfer import Transfer
 
 
@@ -113,6 +113,25 @@ def watch(experiment: Experiment, params: Any) -> dict[str, Trace]:
     return {name: record(run, params, key, canvas)[0] for name, run in runs.items()}
 
 
+def watch_answer(experiment: Experiment, params: Any, prompt: Prompt) -> dict[str, Trace]:
+    """How a prompt is answered, pass by pass: with the cache of config.generate and beside it without one; where it
+    uses none, with feedback and beside it without."""
+    made = make_generator(experiment)
+    decoder = made.decoder
+    if decoder.cache != "none" and not prompt.infill:
+        decoders = {f"{decoder.cache} cache": decoder, "no cache": dataclasses.replace(decoder, cache="none")}
+    elif decoder.use_feedback:
+        decoders = {"soft-masked": decoder, "binary": dataclasses.replace(decoder, use_feedback=False)}
+    else:
+        decoders = {"binary": decoder}
+    (batch,) = made.batches([prompt])
+    runs = {}
+    for name, one in decoders.items():
+        passes = dataclasses.replace(made, decoder=one).forwards(params, batch, [prompt])
+        runs[name] = record_blocks(one, params, passes, batch.seen, 0)
+    return runs
+
+
 def show(experiment: Experiment, runs: Mapping[str, Trace]) -> viewer.Show:
     """What a page needs to know of recorded runs."""
     config = experiment.config.sampling
@@ -126,10 +145,12 @@ def _name_of(policy: Policy) -> str:
     return next(name for name, cls in POLICIES.items() if cls is type(policy))
 
 
-def write_viewer(experiment: Experiment, params: Any) -> None:
-    """config.sampling.viewer, where it is asked for; all processes must call it."""
+def write_viewer(experiment: Experiment, params: Any, prompt: Prompt | None = None) -> None:
+    """config.sampling.viewer, where it is asked for: of a sample, or of the answer to a prompt. All processes must call
+    it."""
     if experiment.config.sampling.viewer:
-        seen = show(experiment, watch(experiment, params))
+        runs = watch_answer(experiment, params, prompt) if prompt else watch(experiment, params)
+        seen = show(experiment, runs)
         if jax.process_index() == 0:
             viewer.write(local_path("sampling.viewer", experiment.config.sampling.viewer), seen)
 

@@ -42,6 +42,7 @@ class Doubt(SoftMask):
     """
 
     everywhere = True
+    mixes = False
 
     def __call__(
         self, omega: Any, table: jax.Array, head: Any, tokens: jax.Array, feedback: Feedback, mask_id: int

@@ -46,6 +46,7 @@ class Projection(FullSoftMask):
     """Chen et al. 2023 in additive form: row + lam * (expected embedding @ W), W [D, D] zero at the start."""
 
     everywhere = True
+    mixes = False
 
     learn: bool = False
 
@@ -116,6 +117,7 @@ class CarriedHidden(SoftMask):
     """
 
     everywhere = True
+    mixes = False
 
     def __post_init__(self):
         super().__post_init__()

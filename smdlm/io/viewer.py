@@ -5,7 +5,9 @@ is and nothing is loaded from anywhere. What the JSON holds:
 
     words: the distinct tokens' texts; elsewhere a token is its number in this list, -1 for the mask
     candidates: K
-    runs[].tokens[frame][position], .settled[position], .prompt[position], .forwards[frame], .cached[frame]
+    runs[].tokens[frame][position], .settled[position], .prompt[position], .forwards[frame]
+    runs[].soft: whether masks are shown a mix; .fed: whether predictions are fed back at all
+    runs[].computed[frame]: [first, end) of the positions that its step computed, the others' being cached
     runs[].seen[frame]: for each masked position, in order, -1 without a prediction, else
         entropy x 100, lambda x 10000, and K pairs of word and probability x 10000
 """
@@ -137,13 +139,14 @@ def _run(name: str, trace: Trace, number: Mapping[int, int], candidates: int) ->
         "name": name,
         "note": f"half of the tokens settled by step {half}",
         "soft": soft,
+        "fed": trace.fed_back,
         "again": bool(np.any(masked[1:] & ~masked[:-1])),
         "tokens": [[-1 if m else number[t] for t, m in zip(*row, strict=True)] for row in _rows(trace.tokens, masked)],
         "seen": seen,
         "settled": settled.tolist(),
         "prompt": trace.prompt.astype(int).tolist(),
         "forwards": trace.forwards.tolist(),
-        "cached": trace.cached.tolist(),
+        "computed": trace.computed.tolist(),
     }
 
 

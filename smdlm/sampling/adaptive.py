@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from smdlm.readout import Draw
-from smdlm.sampling.policy import Revising, Times
+from smdlm.sampling.policy import Lasting, Revising, Times
 
 
 def _check(name: str, value: float, least: float, most: float) -> None:
@@ -95,12 +95,13 @@ def _sure(draw: Draw, masked: jax.Array, threshold: float | jax.Array) -> jax.Ar
 
 
 @dataclasses.dataclass(frozen=True)
-class Threshold:
+class Threshold(Lasting):
     """Fast-dLLM: every position whose best token has at least this probability, and always the surest.
 
     Attributes:
       threshold: that probability.
-      start, decay: at step n = 0, 1, ... it is start - decay * n where that is more (dInfer: start 1, decay .02).
+      start, decay: at step n = 0, 1, ... it is start - decay * n where that is more (dInfer: start 1, decay .02). n
+        counts the passes of a row, also from one block to the next.
     """
 
     threshold: float = 0.9

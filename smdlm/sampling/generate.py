@@ -155,6 +155,16 @@ def parse(record: Any, tokenizer: Tokenizer, seed: int, where: str) -> Prompt:
         raise ValueError(f"{where}: {error}") from error
 
 
+def continued(text: str, tokenizer: Tokenizer, seed: int) -> Prompt:
+    """A text that is continued, whatever it holds: '[MASK]' in it is text, and an empty one is the start of a document.
+
+    For programs whose texts are not written for us; `parse` reads what is asked of this library.
+    """
+    ids = tokenizer.encode(text) if text else np.zeros(0, np.int32)
+    ids = ids if len(ids) else np.array([tokenizer.bos_id])
+    return Prompt({"prompt": text}, ids.astype(np.int32), False, seed, (), (tokenizer.eos_id,))
+
+
 def _chat(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
     if wrong := {"suffix", "tokens"} & set(record):
         raise ValueError(f"got {sorted(wrong)} for a chat, wanted 'messages' and 'prefix'")

@@ -52,3 +52,10 @@ class Revising:
     carry): edit [B, L] i32 is the token to write over a committed one, -1 where it stays; a re-masked position is not
     edited.
     """
+
+
+class Lasting:
+    """Base of the policies whose carry goes on from block to block, where others begin anew; of no positions: [B].
+
+    Block by block decoding alone asks for it (`passes.Pass.enter`).
+    """

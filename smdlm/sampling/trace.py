@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smdlm.denoiser import Denoiser
 from smdlm.mesh.arrays import fetch
+from smdlm.sampling.blocks import BlockDecoder, Forward
 from smdlm.sampling.loop import Carry, Sampler, uniforms
+from smdlm.sampling.passes import window
 from smdlm.sampling.policies import Times, linear_times
 from smdlm.softmask import Feedback
 
@@ -39,8 +43,9 @@ class Trace:
       lam: [F, L] f32, lambda: the share of the prediction in what the next step is shown at this position, the rest
         being the mask. 0 in a binary run, which is shown none of it.
       forwards: [F] i32, forward passes of the sampler so far.
-      cached: [F] i32, positions at the start of the canvas whose keys and values the step of this frame read from a
-        cache; 0 for a sampler without one.
+      computed: [F, 2] i32, the positions that the step of this frame computed, from the first up to the second; keys
+        and values of the others were read from a cache. The whole canvas without one.
+      fed_back: whether predictions reach the next step at all; an operator may do so in another way than by lambda.
     """
 
     mask_id: int
@@ -51,7 +56,8 @@ class Trace:
     entropy: np.ndarray
     lam: np.ndarray
     forwards: np.ndarray
-    cached: np.ndarray
+    computed: np.ndarray
+    fed_back: bool
 
     @property
     def masked(self) -> np.ndarray:
@@ -91,9 +97,43 @@ def record(sampler: Sampler, params: Any, key: jax.Array, canvas: jax.Array) -> 
     shared = {
         "mask_id": sampler.denoiser.mask_id,
         "forwards": stacked.pop("forwards"),
-        "cached": np.zeros(len(frames), np.int32),
+        "computed": np.tile(np.array([0, canvas.shape[1]], np.int32), (len(frames), 1)),
+        "fed_back": sampler.use_feedback,
     }
     return [Trace(**shared, **{name: x[:, row] for name, x in stacked.items()}) for row in range(len(canvas))]
+
+
+def record_blocks(decoder: BlockDecoder, params: Any, passes: Iterable[Forward], seen: np.ndarray, row: int) -> Trace:
+    """Writes down one row of a run of a `BlockDecoder`: a frame for each pass that the row took part in.
+
+    Args:
+      passes: what `decoder.forwards` yields. seen: [B, L] bool; padding is left out of the trace.
+    """
+    first = int(np.argmax(seen[row]))
+    frames, spans, count = [], [(0, seen.shape[1])], 0
+    for forward in passes:
+        if not frames:
+            nothing = Feedback.none(*seen.shape, decoder.readout.k)
+            frames.append(_frame(forward.before.canvas, nothing, jnp.zeros(seen.shape), jnp.int32(0)))
+        if not forward.waiting[row]:
+            continue
+        count += 1
+        spans.append((forward.start, forward.start + forward.size))
+        canvas, feedback = forward.after.canvas, forward.after.feedback
+        if decoder.use_feedback:
+            feedback, lam = _shown(decoder.denoiser, params, canvas, feedback)
+        else:
+            feedback = _thrown_away(decoder, params, forward.hidden, canvas, forward.now.query)
+            lam = jnp.zeros(seen.shape)
+        frames.append(_frame(canvas, feedback, lam, jnp.int32(count)))
+    stacked = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
+    return Trace(
+        mask_id=decoder.denoiser.mask_id,
+        forwards=stacked.pop("forwards"),
+        computed=np.maximum(np.array(spans, np.int32) - first, 0),
+        fed_back=decoder.use_feedback,
+        **{name: x[:, row, first:] for name, x in stacked.items()},
+    )
 
 
 def _frame(canvas: jax.Array, feedback: Feedback, lam: jax.Array, forwards: jax.Array) -> dict[str, np.ndarray]:
@@ -127,15 +167,36 @@ def _step(
 def _seen(sampler: Sampler, params: Any, before: Carry, after: Carry) -> tuple[Feedback, jax.Array]:
     """(what a step predicted for the positions that are masked after it, lambda [B, L] of the next step)."""
     denoiser = sampler.denoiser
-    head = denoiser.head(params)
     if sampler.use_feedback:
-        operator, omega, feedback = denoiser.softmask, params["softmask"], after.feedback
-        table = denoiser.model.table(params["backbone"])
-        _, _, neg_entropy = operator.look_up(omega, table, head, after.canvas, feedback)
-        lam = operator.lam(omega, table, feedback, neg_entropy)[..., 0]
-        feedback = feedback.replace(active=feedback.active & (after.canvas == denoiser.mask_id))
-        return feedback, jnp.where(feedback.active, lam, 0.0)
+        return _shown(denoiser, params, after.canvas, after.feedback)
     masked = before.canvas == denoiser.mask_id
-    feedback = sampler.readout.feedback(head, denoiser(params, before.canvas), masked)
+    feedback = sampler.readout.feedback(denoiser.head(params), denoiser(params, before.canvas), masked)
     feedback = feedback.replace(active=masked & (after.canvas == denoiser.mask_id))
     return feedback, jnp.zeros(masked.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shown(denoiser: Denoiser, params: Any, canvas: jax.Array, feedback: Feedback) -> tuple[Feedback, jax.Array]:
+    """(what masked positions remember, lambda [B, L] of the next step: 0 where that shows no soft mask)."""
+    operator, omega, table = denoiser.softmask, params["softmask"], denoiser.model.table(params["backbone"])
+    feedback = feedback.replace(active=feedback.active & (canvas == denoiser.mask_id))
+    if not operator.mixes:
+        return feedback, jnp.zeros(canvas.shape)
+    _, _, neg_entropy = operator.look_up(omega, table, denoiser.head(params), canvas, feedback)
+    lam = operator.lam(omega, table, feedback, neg_entropy)[..., 0]
+    return feedback, jnp.where(feedback.active, lam, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _thrown_away(
+    decoder: BlockDecoder, params: Any, hidden: jax.Array, canvas: jax.Array, start: jax.Array
+) -> Feedback:
+    """The prediction of hidden [B, Q, D] for positions that are masked all the same, as [B, L, ..]."""
+    masked = window(canvas, start, hidden.shape[1]) == decoder.denoiser.mask_id
+    found = decoder.readout.feedback(decoder.denoiser.head(params), hidden, masked)
+    nothing = Feedback.none(*canvas.shape, decoder.readout.k).replace(forwards=None, time=None)
+
+    def place(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+    return jax.tree.map(place, nothing, found)

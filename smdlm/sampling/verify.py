@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.mesh.arrays import fetch
-from smdlm.sampling.blocks import BlockDecoder, Forward, Now, Rows, State, window
+from smdlm.sampling.blocks import BlockDecoder, Forward
 from smdlm.sampling.generate import Batch, Generator, Prompt
+from smdlm.sampling.passes import Now, Rows, State, window
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
     python -m smdlm.tools.lmeval run --model smdlm --model_args workdir=runs/tiny,draws=32 --tasks ... --batch_size 8
 
-is `lm_eval run ...` with that name known. A program calls `register()` before lm_eval's own functions.
+is `lm_eval run ...` with that name known: lm-eval (0.4.13) looks for models in a list of its own, not in the entry
+points of other packages. A program calls `register()` before lm_eval's own functions.
+
+A context is text, whatever it holds, also a literal '[MASK]'. A text without one begins a document: the token that
+begins documents stands before it.
 
 A diffusion model has no exact likelihood: a request's is a bound, the mean of `draws` draws of masks on its
 continuation. Draw i is the same whatever their number, so that more draws extend fewer, and whatever the batch size.
@@ -11,6 +15,7 @@ Each estimate's standard error is kept in WORKDIR/results/lmeval.jsonl beside it
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +31,7 @@ from smdlm.evaluate.likelihood import Likelihood
 from smdlm.evaluate.samples import append
 from smdlm.files import local_path
 from smdlm.library import Trained
+from smdlm.sampling.generate import Answer, Prompt, continued
 
 ESTIMATES = ("two_pass", "one_pass", "next_token")  # the first that a model has is the one reported
 SHORTEST = 16  # rows are padded to a power of two of tokens: few programs to compile
@@ -74,7 +80,7 @@ class Harness:
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.model.tokenizer.encode(request.args[0])
-            step = self._room()
+            step = self._room(begins=True)
             parts = [ids[i : i + step] for i in range(0, len(ids), step)] or [ids]
             windows += [self._begun(np.zeros(0, np.int32), part) for part in parts]
             owners += [number] * len(parts)
@@ -87,11 +93,10 @@ class Harness:
         """Texts behind the contexts of requests with .args (context, {'until', 'max_gen_toks', 'temperature'})."""
         texts = [""] * len(requests)
         for (tokens, cold), numbers in self._alike(requests).items():
-            contexts = [self._cut(requests[i].args[0], tokens) for i in numbers]
-            written = self._written(contexts, tokens, cold, [self.seed + i for i in numbers])
-            for i, text in zip(numbers, written, strict=True):
+            prompts = [continued(requests[i].args[0], self.model.tokenizer, self.seed + i) for i in numbers]
+            for i, answer in zip(numbers, self._answers(prompts, tokens, cold), strict=True):
                 until = requests[i].args[1].get("until") or []
-                texts[i] = before(text, [until] if isinstance(until, str) else until)
+                texts[i] = before(answer.text, [until] if isinstance(until, str) else until)
         return texts
 
     @property
@@ -100,9 +105,10 @@ class Harness:
 
     # ----------------------------------------------------------------------------------------------------- likelihood
 
-    def _room(self) -> int:
-        """Tokens of a row beside the first one of an AR model, which is given."""
-        return self.model.length - self.model.denoiser.model.causal
+    def _room(self, begins: bool) -> int:
+        """Tokens of a row beside the one that begins a document: before every row of an AR model, and before a text
+        without a context."""
+        return self.model.length - (begins or self.model.denoiser.model.causal)
 
     def _row(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """(tokens, how many of them are given); of a context that is too long the end is kept."""
@@ -114,13 +120,15 @@ class Harness:
         return self._begun(whole[:given], whole[given:])
 
     def _begun(self, given: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, int]:
-        if len(scored) > self._room():
+        room = self._room(begins=not len(given))
+        if len(scored) > room:
             raise ValueError(
-                f"loglikelihood: got a continuation of {len(scored)} tokens, wanted at most {self._room()}: a model "
-                "with a longer canvas, or another task"
+                f"loglikelihood: got a continuation of {len(scored)} tokens, wanted at most {room}: a model with a "
+                "longer canvas, or another task"
             )
-        given = given[max(0, len(given) + len(scored) - self._room()) :]
-        if self.model.denoiser.model.causal:
+        begins = not len(given) or self.model.denoiser.model.causal
+        given = given[max(0, len(given) + len(scored) - room) :]
+        if begins:
             given = np.concatenate([[self.model.tokenizer.bos_id], given])
         return np.concatenate([given, scored]).astype(np.int32), len(given)
 
@@ -186,25 +194,21 @@ class Harness:
             found.setdefault((tokens, cold), []).append(number)
         return found
 
-    def _written(self, contexts: Sequence[str], tokens: int, cold: bool, seeds: Sequence[int]) -> list[str]:
-        """What the model writes behind contexts."""
+    def _answers(self, prompts: Sequence[Prompt], tokens: int, cold: bool) -> list[Answer]:
+        """What the model writes behind prompts; of one that is too long the end is kept."""
         sampling = {**self.sampling, "temperature": 0.0} if cold else self.sampling
-        records = [{"prompt": context, "seed": seed} for context, seed in zip(contexts, seeds, strict=True)]
-        fields = {"block": 0, "cache": "none", **sampling}
-        generated = self.model.generate(records, new_tokens=tokens, batch_size=self.batch, **fields)
-        return [answer.text for answer in generated.answers]
-
-    def _cut(self, context: str, tokens: int) -> str:
-        """The end of a context that leaves room for so many tokens."""
-        ids = self.model.tokenizer.encode(context)
         room = self.model.length - tokens
-        return context if len(ids) <= room else self.model.tokenizer.decode(ids[len(ids) - room :])
+        kept = [dataclasses.replace(prompt, ids=prompt.ids[max(0, len(prompt.ids) - room) :]) for prompt in prompts]
+        fields = {"block": 0, "cache": "none", **sampling}
+        return self.model.answer(kept, new_tokens=tokens, batch_size=self.batch, **fields).answers
 
     def _is_greedy(self, context: str, continuation: str) -> bool:
         if not self.greedy:
             return False
-        tokens = len(self.model.tokenizer.encode(continuation))
-        return self._written([self._cut(context, tokens)], tokens, True, [self.seed]) == [continuation]
+        row, given = self._row(context, continuation)
+        prompt = continued(context, self.model.tokenizer, self.seed)
+        (answer,) = self._answers([dataclasses.replace(prompt, ids=row[:given], ends=())], len(row) - given, True)
+        return np.array_equal(answer.ids, row[given:])
 
 
 OF_LM_EVAL = ("max_batch_size", "device", "trust_remote_code")  # what lm-eval hands to every model

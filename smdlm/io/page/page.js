@@ -36,6 +36,7 @@
   const parts = words.map(split);
   const shown = (word) => parts[word][1].replace(/^ +$/, (blanks) => "\u2423".repeat(blanks.length));
   const spelled = (word) => words[word].replace(/ /g, "\u2423").replace(/\n/g, "\u21b5"); // with its blanks
+  const partly = (run, frame) => run.computed[frame][1] - run.computed[frame][0] < length; // the rest is cached
   const nth = (run, frame) => Math.min(frame, run.tokens.length - 1); // a run may be a frame shorter
 
   /** Where in run.seen[frame] the numbers of each position begin, -1 without a prediction. */
@@ -89,7 +90,8 @@
   }
   for (const run of runs) {
     run.offsets = [];
-    run.kind = run.soft ? "soft" : "plain";
+    run.kind = run.fed ? "soft" : "plain"; // its colour
+    if (run !== runs[0]) run.kind = runs[0].kind === "soft" ? "plain" : "soft"; // two runs of one kind differ, too
     summarise(run);
   }
   const soft = runs.some((run) => run.soft);
@@ -157,7 +159,8 @@
     flag("fresh", now >= 0 && before !== now);
     flag("again", now < 0 && before >= 0);
     flag("other", other);
-    flag("edge", run.cached[frame] > 0 && place === run.cached[frame] - 1);
+    flag("edge", partly(run, frame) && place === run.computed[frame][0] - 1);
+    flag("resumed", partly(run, frame) && place === run.computed[frame][1]);
     flag("picked", place === state.at);
     flag("heat", state.shade && now >= 0 && !run.prompt[place] && frame >= run.settled[place]);
     node.style.setProperty("--late", run.settled[place] / (run.tokens.length - 1));
@@ -177,7 +180,8 @@
       words.push(`entropy ${run.entropy[frame].toFixed(2)} nats`);
     }
     words.push(`${run.forwards[frame]} forwards`);
-    if (run.cached[frame]) words.push(`first ${run.cached[frame]} cached`);
+    const [first, end] = run.computed[frame];
+    if (partly(run, frame)) words.push(`${first + 1}\u2013${end} computed, the rest cached`);
     return words.join(" \u00b7 ");
   }
 
@@ -213,7 +217,8 @@
     node.append(make("p", "status", `step ${asOf}: entropy ${seen.entropy.toFixed(2)} nats${lam}`));
     const table = node.appendChild(make("table"));
     const head = table.appendChild(make("tr"));
-    for (const name of run.soft ? ["the next step sees", "", "share", "p"] : ["predicted, thrown away", "", "p"]) {
+    const fate = run.fed ? "predicted, fed back but not as a soft mask" : "predicted, thrown away";
+    for (const name of run.soft ? ["the next step sees", "", "share", "p"] : [fate, "", "p"]) {
       const th = head.appendChild(make("th", "", name));
       th.scope = "col";
     }
@@ -286,7 +291,7 @@
       draw("text", {x: WIDE - 6, y: HIGH - 3, "text-anchor": "end"}, `${frames - 1}`),
     );
     for (const run of mine) {
-      const classes = `curve ${run.kind}${run.soft ? "" : " dashed"}`;
+      const classes = `curve ${run.kind}${run.kind === "soft" ? "" : " dashed"}`;
       svg.append(draw("path", {d: path(chart.series(run), chart.top), class: classes}));
     }
     chart.singles = mine.map((run) => [run, svg.appendChild(draw("path", {class: `curve one ${run.kind}`}))]);
@@ -416,7 +421,10 @@
     entry("committed at this step", [{cls: "fresh", word: "token"}]);
     if (runs.some((run) => run.again)) entry("masked again at this step", [{cls: "mask again", word: "token"}]);
     if (runs.some((run) => run.prompt.includes(1))) entry("given in the prompt", [{cls: "given", word: "token"}]);
-    if (runs.some((run) => run.cached.some(Boolean))) entry("the cache ends here", [{cls: "edge", word: "token"}]);
+    if (runs.some((run) => run.tokens.some((_, frame) => partly(run, frame)))) {
+      const bounds = [{cls: "edge", word: "cached"}, {word: "computed"}, {cls: "resumed", word: "cached"}];
+      entry("what a step with a cache computes lies between two lines", bounds);
+    }
     const scale = [0.1, 0.5, 1].map((late) => ({cls: "heat", late, word: "abc"}));
     entry("settled early \u2026 late, when shaded", scale);
   }
