@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
         steps=300, log_every=10, save_every=50, init_from="runs/smollm2", init_import="gguf:smollm", seed=0
     )
     config.sampling = dict(policy="entropy", steps=64, temperature=0.7, top_p=0.9, count=4, seed=0)
+    config.generate = dict(new_tokens=32, batch_size=4, bucket=32)
     config.eval = dict(blocks=64, batch_size=4, chain=0)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config

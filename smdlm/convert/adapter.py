@@ -72,17 +72,24 @@ def export_adapter(args: argparse.Namespace) -> list[str]:
         params, meta = checkpointer.restore_params(None, which)
     if "base" not in meta or meta["base"]["adapter"]["kind"] not in ("lora", "dora"):
         raise FileError(f"got {args.src} without adapters, wanted a run with adapter.kind lora or dora")
-    lora = adapted(meta)
-    k, gate = 1, {}
-    if odd := set(params["softmask"]) - set(EntropyGate().init()):
-        raise FileError(f"got {args.src} with {', '.join(sorted(odd))}, wanted the gate 'entropy' of variant 'topk'")
-    if params["softmask"]:
-        values = EntropyGate().values(params["softmask"])
-        gate = {name: np.float32(value) for name, value in values.items()}
-        check_papers_operator(args.src, meta)
-        k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
-    peft.save(args.dst, lora, params["backbone"], gate, k, str(meta["base"]["workdir"]))
+    gate, k = gate_of(params["softmask"], meta, args.src)
+    peft.save(args.dst, adapted(meta), params["backbone"], gate, k, str(meta["base"]["workdir"]))
     return [f"wrote {args.dst}: adapters of step {meta['step']} ({which}), base {meta['base']['workdir']}"]
+
+
+def gate_of(omega: Mapping[str, Any], meta: Mapping[str, Any], src: object) -> tuple[dict[str, Any], int]:
+    """({omega_s, omega_a, omega_b} in f32, k) of a checkpoint's raw omega; {} for a binary model.
+
+    Raises:
+      FileError: a soft mask that the public code does not have.
+    """
+    if odd := set(omega) - set(EntropyGate().init()):
+        raise FileError(f"got {src} with {', '.join(sorted(odd))}, wanted the gate 'entropy' of variant 'topk'")
+    if not omega:
+        return {}, 1
+    check_papers_operator(src, meta)
+    k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
+    return {name: np.float32(value) for name, value in EntropyGate().values(omega).items()}, k
 
 
 def adapted(meta: Mapping[str, Any]) -> LoRA:

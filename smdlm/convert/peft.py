@@ -151,14 +151,15 @@ def save(folder: Path, lora: LoRA, adapters: Mapping[str, Any], gate: Mapping[st
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         leaves = sorted(tensors_of(lora), key=lambda leaf: leaf.source)
         write_safetensors(temporary / WEIGHTS, {leaf.source: tensor(leaf) for leaf in leaves})
-        if gate:
-            (temporary / GATE).write_text(json.dumps(_transparency(gate, k), indent=2) + "\n", "utf-8")
+        save_gate(temporary, gate, k)
 
 
-def _transparency(gate: Mapping[str, float], k: int) -> dict[str, Any]:
-    """f32 values as the shortest decimals that read back as the same bits."""
+def save_gate(folder: Path, gate: Mapping[str, float], k: int) -> None:
+    """Writes transparency_config.json, unless gate is {}: f32 as the shortest decimals that read back as they were."""
+    if not gate:
+        return
     number = lambda name: float(str(np.float32(gate[name])))
-    return {
+    content = {
         "transparency_alg": "mixinputs_with_topk",
         "transparency_scale": number("omega_s"),
         "transparency_steepness": number("omega_a"),
@@ -167,6 +168,7 @@ def _transparency(gate: Mapping[str, float], k: int) -> dict[str, Any]:
         "mixinputs_k": k,
         "transparency_scheduling": "none",
     }
+    (folder / GATE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def load_gate(folder: Path) -> tuple[dict[str, float], int] | None:
