@@ -88,6 +88,24 @@ def test_exported_it_is_merged(folder):
     assert np.abs(logits(model, base) - wanted).max() > 0.1
 
 
+def test_omega_alone_goes_out_beside_the_base(folder, tmp_path):
+    """A run that trained the soft mask alone: the released files, and its three numbers, which come back."""
+    params, meta = checkpointer_of(folder / "run").restore_params(None, "params")
+    meta["base"]["adapter"] = {"kind": "softmask"}
+    alone = checkpointer_of(tmp_path / "alone")
+    params["backbone"] = {}
+    alone.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    alone.close()
+    assert run("export", "decoder", tmp_path / "alone", tmp_path / "out") == 0
+    released = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name for name in written if written[name] != released.get(name)} == {peft.GATE}
+    assert run("import", "decoder", tmp_path / "out", tmp_path / "back") == 0
+    again, about = checkpointer_of(tmp_path / "back").restore_params(None, "params")
+    assert_close(again["softmask"], jax.tree.map(np.asarray, params["softmask"]), rtol=1e-5)
+    assert about["convert"]["k"] == 3 and not about["convert"]["new"]
+
+
 def refused(capsys, *words):
     with pytest.raises(SystemExit):
         run(*words)
@@ -110,6 +128,9 @@ def test_what_is_refused(folder, tmp_path, capsys):
     capsys.readouterr()
     checkpointer = checkpointer_of(folder / "run")
     params, meta = checkpointer.restore_params(None, "params")
+    run("export", "adapter", folder / "run", tmp_path / "known")  # of the same shapes, trained beside other weights
+    message = refused(capsys, "import", "adapter", tmp_path / "known", tmp_path / "a", f"--base={tmp_path / 'other'}")
+    assert "for an adapter trained beside weights" in message and "\n" not in message
     meta["base"]["workdir"] = str(tmp_path / "other")
     moved = checkpointer_of(tmp_path / "moved")
     moved.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
@@ -306,6 +327,8 @@ def test_the_whole_way_of_a_dream(tmp_path, capsys):
     wanted = made.denoiser.model.head(whole["backbone"]).logits(hidden)[..., :260]
     np.testing.assert_allclose(logits(merged, weights, 260), wanted, rtol=1e-3, atol=1e-3)
     assert np.abs(logits(*loaded(tmp_path / "base"), 260) - wanted).max() > 0.1
+    for name in ("config.json", "tokenizer.json"):  # as they were released, with more rows than ids
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     trained = made.denoiser.omega(whole)
     values, k = peft.load_gate(tmp_path / "out")
     assert k == 1 and values == pytest.approx({name: float(value) for name, value in trained.items()}, abs=1e-6)

@@ -177,15 +177,16 @@ def export_folder(args: argparse.Namespace) -> list[str]:
     workdir, which = files.workdir_of(args.src), {"raw": "params", "ema": "ema"}[args.weights or "raw"]
     with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
         params, meta = checkpointer.restore_params(None, which)
-    backbone, also = params["backbone"], ""
+    backbone, laid_out, also = params["backbone"], meta, ""
     if "base" in meta:
-        backbone, also = adapter.merged(meta, backbone), f", merged into {meta['base']['workdir']}"
+        backbone, laid_out = adapter.merged(meta, backbone)
+        also = f", merged into {meta['base']['workdir']}"
     with files.whole(args.dst) as temporary:
         temporary.mkdir()
-        count = write_folder(temporary, args.kind, backbone, meta)
+        count = write_folder(temporary, args.kind, backbone, laid_out)
         if not meta.get("convert", {}).get("new"):  # an omega that an import made up belongs to no network
             try:
-                peft.save_gate(temporary, *adapter.gate_of(params["softmask"], meta, args.src))
+                peft.save_gate(temporary, *adapter.gate_of(params.get("softmask", {}), meta, args.src))
             except FileError as error:
                 also += f", without its omega: {error}"
         for file in (workdir / "tokenizer" / name for name in pretrained.FILES):
@@ -205,7 +206,7 @@ def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Map
     if getattr(model, "param_dtype", "") == "int8":
         raise FileError("got weights rounded to int8, wanted float32 or bfloat16: export what they were imported from")
     # A language model has no use of a mask that was appended.
-    rows = convert.get("rows", model.vocab_size)
+    rows = convert.get("rows") or getattr(model, "table_rows", 0) or model.vocab_size
     rows = rows if model.causal or model.vocab_size <= rows else model.vocab_size
     flat = traverse_util.flatten_dict(backbone, sep="/")
 

@@ -122,6 +122,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a file that `read_header` has read."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
+
+
 def _tensor(path: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
     if entry["dtype"] not in SAFETENSORS:
         raise ValueError(f"type {entry['dtype']}, known are {', '.join(SAFETENSORS)}")
@@ -228,9 +234,9 @@ def tensor_of(flat: Mapping[str, Any], leaf: Leaf) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, one tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, one tensor in memory at a time. about: texts that `read_metadata` gives back."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
     at = 0
     for name, tensor in tensors.items():
         end = at + math.prod(tensor.shape) * tensor.dtype.itemsize
