@@ -100,7 +100,7 @@ def test_a_trained_model_is_exported_without_an_import(tmp_path):
     folders.write_folder(tmp_path / "out", "decoder", backbone, meta)
     found = folders.find("decoder", tmp_path / "out", *read_folder(tmp_path / "out"), None)
     assert (found.model.shift, found.model.causal, found.model.eps) == (True, False, DREAM.eps)
-    assert found.model.rows == DREAM.table_rows > V  # as they were released, not only those with ids
+    assert found.meta["convert"]["rows"] == DREAM.table_rows > V  # as they were released, not only those with ids
     again = jax.tree.map(lambda leaf: leaf.whole(), found.tree, is_leaf=lambda leaf: hasattr(leaf, "whole"))
     for name in ("norm", "blocks"):
         assert jax.tree.all(jax.tree.map(np.array_equal, again[name], backbone[name]))

@@ -177,7 +177,7 @@ def export_folder(args: argparse.Namespace) -> list[str]:
     workdir, which = files.workdir_of(args.src), {"raw": "params", "ema": "ema"}[args.weights or "raw"]
     with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
         params, meta = checkpointer.restore_params(None, which)
-    backbone, laid_out, also = params["backbone"], meta, ""
+    backbone, laid_out, also = params.get("backbone", {}), meta, ""
     if "base" in meta:
         backbone, laid_out = adapter.merged(meta, backbone)
         also = f", merged into {meta['base']['workdir']}"
