@@ -131,6 +131,9 @@ def test_what_is_refused(folder, tmp_path, capsys):
     run("export", "adapter", folder / "run", tmp_path / "known")  # of the same shapes, trained beside other weights
     message = refused(capsys, "import", "adapter", tmp_path / "known", tmp_path / "a", f"--base={tmp_path / 'other'}")
     assert "for an adapter trained beside weights" in message and "\n" not in message
+    run("import", "decoder", folder / "hf", tmp_path / "half", "--dtype=bfloat16")  # the same base in another type
+    assert run("import", "adapter", tmp_path / "known", tmp_path / "b", f"--base={tmp_path / 'half'}") == 0
+    capsys.readouterr()
     meta["base"]["workdir"] = str(tmp_path / "other")
     moved = checkpointer_of(tmp_path / "moved")
     moved.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)

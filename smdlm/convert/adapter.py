@@ -44,7 +44,7 @@ def import_adapter(args: argparse.Namespace) -> list[str]:
         model, weights, meta = load_base(base, "--base")
         lora, adapters = peft.load(args.src, model)
         base_hash = weights_hash(weights)
-        peft.check_base(args.src, base, base_hash)
+        peft.check_base(args.src, model, base, base_hash)
         gate = peft.load_gate(args.src)
         params = {"backbone": jax.tree.map(jnp.asarray, adapters), "softmask": raw_omega(gate[0]) if gate else {}}
         kind = AdapterConfig("dora" if lora.dora else "lora", ",".join(lora.targets), lora.rank, lora.alpha)
@@ -75,7 +75,7 @@ def export_adapter(args: argparse.Namespace) -> list[str]:
         params, meta = checkpointer.restore_params(None, which)
     if "base" not in meta or meta["base"]["adapter"]["kind"] not in ("lora", "dora"):
         raise FileError(f"got {args.src} without adapters, wanted a run with adapter.kind lora or dora")
-    gate, k = gate_of(params["softmask"], meta, args.src)
+    gate, k = gate_of(params.get("softmask", {}), meta, args.src)
     base = meta["base"]
     peft.save(args.dst, adapted(meta), params["backbone"], gate, k, str(base["workdir"]), base["hash"])
     return [f"wrote {args.dst}: adapters of step {meta['step']} ({which}), base {meta['base']['workdir']}"]

@@ -25,7 +25,7 @@ from smdlm.models.decoder import Decoder
 from smdlm.models.lora import LoRA
 
 CONFIG, WEIGHTS, GATE = "adapter_config.json", "adapter_model.safetensors", "transparency_config.json"
-BASE_HASH = "smdlm_base"  # among the metadata of the weights
+BASE_HASH = "smdlm_base_"  # and the type of the base: among the metadata of the weights
 MODULES = {
     "q": "q_proj",
     "k": "k_proj",
@@ -130,7 +130,8 @@ def save(
     """Writes a folder that PEFT loads; complete or not at all.
 
     gate: omega_s, omega_a and omega_b, f32 as they are, or {} for a binary model. k: candidates of the feedback.
-    base: name or path of the frozen model, as PEFT keeps it. base_hash: of its weights, for `check_base`.
+    base: name or path of the frozen model, as PEFT keeps it. base_hash: of its weights in the type
+      in which they were imported, for `check_base`.
     """
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items()}
 
@@ -159,14 +160,18 @@ def save(
         temporary.mkdir()
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         leaves = sorted(tensors_of(lora), key=lambda leaf: leaf.source)
-        about = {BASE_HASH: base_hash} if base_hash else {}
+        about = {BASE_HASH + lora.base.param_dtype: base_hash} if base_hash else {}
         write_safetensors(temporary / WEIGHTS, {leaf.source: tensor(leaf) for leaf in leaves}, about)
         save_gate(temporary, gate, k)
 
 
-def check_base(folder: Path, workdir: Path, base_hash: str) -> None:
-    """FileError if the adapter says that it was trained beside other weights; PEFT's own say nothing of them."""
-    wanted = read_metadata(folder / WEIGHTS).get(BASE_HASH, base_hash)
+def check_base(folder: Path, base: Decoder, workdir: Path, base_hash: str) -> None:
+    """FileError if the adapter says that it was trained beside other weights.
+
+    PEFT's own say nothing of them, and ours nothing of those that were imported in another type: an adapter that was
+    trained beside a base in int8 may be merged into the same one in bfloat16.
+    """
+    wanted = read_metadata(folder / WEIGHTS).get(BASE_HASH + base.param_dtype, base_hash)
     if wanted != base_hash:
         raise FileError(
             f"--base: got {workdir} with weights {base_hash[:12]} for an adapter trained beside weights {wanted[:12]} "
