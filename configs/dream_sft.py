@@ -63,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
         steps=37_500, accumulate=8, log_every=25, save_every=500, eval_every=2500, init_from="runs/dream", seed=1231
     )
     config.sampling = dict(policy="entropy", steps=256, temperature=0.1, top_p=0.9, count=1, seed=0)
+    config.generate = dict(new_tokens=512, batch_size=8, bucket=64)
     config.eval = dict(blocks=500, batch_size=8, chain=0)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     return config

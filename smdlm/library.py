@@ -79,11 +79,11 @@ def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
     if kind not in ("decoder", "gpt2"):
         return None
     data = {"source": "stdlib:docstrings", "tokenizer": f"hf:{workdir / 'tokenizer'}"}
-    model = meta["model"]
+    model, k = meta["model"], meta["convert"].get("k")  # k: of a soft mask that was trained
     return {
         "model": {"name": kind, **model},
         "data": {**data, "seq_len": min(CONTEXT, model.get("positions", CONTEXT)), "batch_size": 1},
-        "softmask": {"p_sm": 0.0},
+        "softmask": {"p_sm": 0.5, "k": k} if k else {"p_sm": 0.0},
         "train": {"steps": 1},
     }
 

@@ -1,6 +1,8 @@
 """Adapters on the command line, merged exports, and flags that a kind of source has no use for."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from chat_test import write_folder
 from config_test import make_config
+from conftest import assert_close
 from decoder_convert_test import ROWS, random_tensors, run, write
 from decoder_test import DREAM, LLAMA, MASK
 from lora_test import adapters_of
@@ -85,6 +88,24 @@ def test_exported_it_is_merged(folder):
     assert np.abs(logits(model, base) - wanted).max() > 0.1
 
 
+def test_omega_alone_goes_out_beside_the_base(folder, tmp_path):
+    """A run that trained the soft mask alone: the released files, and its three numbers, which come back."""
+    params, meta = checkpointer_of(folder / "run").restore_params(None, "params")
+    meta["base"]["adapter"] = {"kind": "softmask"}
+    alone = checkpointer_of(tmp_path / "alone")
+    params["backbone"] = {}
+    alone.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
+    alone.close()
+    assert run("export", "decoder", tmp_path / "alone", tmp_path / "out") == 0
+    released = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name for name in written if written[name] != released.get(name)} == {peft.GATE}
+    assert run("import", "decoder", tmp_path / "out", tmp_path / "back") == 0
+    again, about = checkpointer_of(tmp_path / "back").restore_params(None, "params")
+    assert_close(again["softmask"], jax.tree.map(np.asarray, params["softmask"]), rtol=1e-5)
+    assert about["convert"]["k"] == 3 and not about["convert"]["new"]
+
+
 def refused(capsys, *words):
     with pytest.raises(SystemExit):
         run(*words)
@@ -107,6 +128,12 @@ def test_what_is_refused(folder, tmp_path, capsys):
     capsys.readouterr()
     checkpointer = checkpointer_of(folder / "run")
     params, meta = checkpointer.restore_params(None, "params")
+    run("export", "adapter", folder / "run", tmp_path / "known")  # of the same shapes, trained beside other weights
+    message = refused(capsys, "import", "adapter", tmp_path / "known", tmp_path / "a", f"--base={tmp_path / 'other'}")
+    assert "for an adapter trained beside weights" in message and "\n" not in message
+    run("import", "decoder", folder / "hf", tmp_path / "half", "--dtype=bfloat16")  # the same base in another type
+    assert run("import", "adapter", tmp_path / "known", tmp_path / "b", f"--base={tmp_path / 'half'}") == 0
+    capsys.readouterr()
     meta["base"]["workdir"] = str(tmp_path / "other")
     moved = checkpointer_of(tmp_path / "moved")
     moved.save(0, TrainState(jnp.int32(0), params, params, {}), data={}, meta=meta)
@@ -264,7 +291,11 @@ def test_the_wheel_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_way_of_a_dream(tmp_path, capsys):
-    """Converted, fine-tuned on conversations in half precision with DoRA, exported, imported: the same network."""
+    """Converted, fine-tuned on conversations with DoRA, merged, exported, imported: the same network and soft mask.
+
+    Then four prompts of several lengths in one batch, by the command, on the adapters and on the merged weights: the
+    same answers, and those that each prompt gets alone.
+    """
     rows = 272  # more than the 260 ids of the tokenizer, as in the releases
     model = folders.dataclasses.replace(DREAM, vocab_size=rows, table_rows=rows)
     write_network(tmp_path / "hf", model, mask_token_id=259)
@@ -278,6 +309,7 @@ def test_the_whole_way_of_a_dream(tmp_path, capsys):
     config.optimizer.update(name="adamw", lr=0.05, ema_decay=0.5)
     config.train.update(steps=40, save_every=20, accumulate=2, init_from=str(tmp_path / "base"))
     config.sampling.update(steps=2, count=1)
+    config.softmask.update(scale=0.9, centre=-3.0, steepness=1.0)
     config.eval = dict(blocks=4, batch_size=4, chain=0)
     made = build(read(config), tmp_path)
     checkpointer = checkpointer_of(tmp_path / "run")
@@ -298,3 +330,41 @@ def test_the_whole_way_of_a_dream(tmp_path, capsys):
     wanted = made.denoiser.model.head(whole["backbone"]).logits(hidden)[..., :260]
     np.testing.assert_allclose(logits(merged, weights, 260), wanted, rtol=1e-3, atol=1e-3)
     assert np.abs(logits(*loaded(tmp_path / "base"), 260) - wanted).max() > 0.1
+    # As it was released, with more rows than ids.
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+    trained = made.denoiser.omega(whole)
+    values, k = peft.load_gate(tmp_path / "out")
+    assert k == 1 and values == pytest.approx({name: float(value) for name, value in trained.items()}, abs=1e-6)
+    omega = checkpointer_of(tmp_path / "back").restore_params(None, "ema")[0]["softmask"]
+    assert_close(omega, jax.tree.map(np.asarray, whole["softmask"]), rtol=1e-5)
+
+    prompts = [{"prompt": "a" * n, "seed": n} for n in (2, 9, 17)]
+    prompts.append({"messages": [{"role": "user", "content": "hi"}], "seed": 3})
+    fields = dict(new_tokens=16, bucket=32, block=8, cache="dual", batch_size=4)
+    config.generate = fields
+    config.sampling.update(policy="entropy", steps=16, temperature=0.9, top_p=0.95)
+    answers_of = {}
+    for name, kind in (("run", "dora"), ("back", "none")):
+        config.adapter.kind = kind
+        answers_of[name] = commanded(tmp_path, config, tmp_path / name, prompts)
+    assert answers_of["run"] == answers_of["back"] and len({tuple(ids) for ids in answers_of["run"]}) == 4
+    model = smdlm.load(tmp_path / "back")
+    sampled = dict(policy="entropy", steps=16, temperature=0.9, top_p=0.95, **fields)
+    alone = [model.generate([prompt], **sampled).answers[0].ids.tolist() for prompt in prompts]
+    assert alone == answers_of["run"]
+    binary = model.generate(prompts, **sampled, use_feedback=False).answers
+    assert [answer.ids.tolist() for answer in binary] != alone
+
+
+def commanded(folder, config, workdir, prompts):
+    """The ids that --mode=generate writes for prompts."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    text = f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({config.to_dict()!r})\n"
+    (folder / "way.py").write_text(text)
+    flags = [f"--config={folder}/way.py", f"--workdir={workdir}", f"--prompts={folder}/prompts.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "smdlm.main", "--mode=generate", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (workdir / "samples").glob("*generate_1.jsonl")
+    return [json.loads(line)["ids"] for line in file.read_text("utf-8").splitlines()]

@@ -375,6 +375,7 @@ def test_the_tpu_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     train, sample = json.loads(out.read_text())
     assert train["fits"] and sample["fits"] and train["chips"] == 8 and train["batch_per_chip"] == 4
+    assert {"denoiser", "readout", "optax"} <= {part["part"] for part in train["parts"]}
     assert 0 < train["temp_gib"] < 0.1 and train["collective_bytes"]["all-reduce"] > 0 and train["largest"]
     large = ("--program=train", "--config.model.width=4096", "--config.model.depth=40")
     done = command("--config=configs/tiny.py", "--topology=v5e:2x4", f"--json={out}", *large)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from chat_test import write_folder
 from conftest import make_params
 from decoder_test import DREAM, LLAMA, MASK, V
 from safetensors.numpy import save_file
@@ -99,6 +100,7 @@ def test_a_trained_model_is_exported_without_an_import(tmp_path):
     folders.write_folder(tmp_path / "out", "decoder", backbone, meta)
     found = folders.find("decoder", tmp_path / "out", *read_folder(tmp_path / "out"), None)
     assert (found.model.shift, found.model.causal, found.model.eps) == (True, False, DREAM.eps)
+    assert found.meta["convert"]["rows"] == DREAM.table_rows > V  # as they were released, not only those with ids
     again = jax.tree.map(lambda leaf: leaf.whole(), found.tree, is_leaf=lambda leaf: hasattr(leaf, "whole"))
     for name in ("norm", "blocks"):
         assert jax.tree.all(jax.tree.map(np.array_equal, again[name], backbone[name]))
@@ -143,6 +145,38 @@ def test_an_index_and_shards_that_differ(tmp_path, capsys, sharded):
     index.write_text(json.dumps(content))
     message = refused(tmp_path, capsys, sharded)
     assert "got 2 tensors elsewhere" in message and "model.norm.weight" in message and "extra: got nothing" in message
+
+
+def test_an_index_with_a_name_twice(tmp_path, capsys, sharded):
+    """JSON takes the last of two values in silence; the first would have been another shard."""
+    index = sharded / "model.safetensors.index.json"
+    line = '"model.norm.weight": "model-00001-of-00003.safetensors",'
+    index.write_text(index.read_text().replace('"weight_map": {', '"weight_map": {' + line))
+    message = refused(tmp_path, capsys, sharded)
+    assert "index.json: got model.norm.weight more than once, wanted each name once" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_files_that_are_not_utf8(tmp_path, capsys, sharded, name):
+    if name.startswith("tokenizer"):
+        write_folder(sharded)
+    (sharded / name).write_bytes(b'{"a": "\xff"}')
+    message = refused(tmp_path, capsys, sharded)
+    assert name in message and "wanted" in message and "\n" not in message
+
+
+def test_a_tokenizer_of_another_model(tmp_path, capsys, sharded):
+    """One with more ids than the tables have rows; one whose mask is another id than config.json says."""
+    write_folder(sharded)
+    message = refused(tmp_path, capsys, sharded)
+    assert f"got a tokenizer of 260 ids for tables of {ROWS} rows, wanted that of the model" in message
+    model = folders.dataclasses.replace(DREAM, vocab_size=272, table_rows=272)
+    leaves = decoder.table(model, 272)
+    save_file({leaf.source: np.zeros(leaf.shape, np.float32) for leaf in leaves}, sharded / "model.safetensors")
+    (sharded / "config.json").write_text(json.dumps({**decoder.config_of(model, 272), "mask_token_id": 270}))
+    message = refused(tmp_path, capsys, sharded)
+    assert "got a tokenizer with mask 259, wanted 270 as in config.json" in message and "\n" not in message
 
 
 def test_every_difference_is_listed(tmp_path, capsys):

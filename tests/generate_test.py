@@ -95,6 +95,15 @@ def test_what_can_not_be_asked_is_one_line(tokenizer, record, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_template_that_runs_code_is_told_with_its_line(tmp_path):
+    folder = write_folder(tmp_path / "code", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: chat template: got SecurityError.*, wanted") as error:
+        read_prompts(str(file), make_tokenizer(f"hf:{folder}"), 0)
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_of_prompts(tokenizer, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "ä"}\n\n{"prompt": "b", "seed": 9}\n{"prompt": "c"}\n', "utf-8")

@@ -176,6 +176,9 @@ def test_files_that_are_none(folder, tmp_path):
         folder, write_lines(tmp_path / "long.jsonl", [turns("x" * 200)] * 3)
     )
     assert "got fields {'chat': 'list'}" in refused(folder, write_lines(tmp_path / "f.jsonl", answers(3), field="chat"))
+    asked = [[{"role": "user", "content": "no answer"}]] * 3
+    message = refused(folder, write_lines(tmp_path / "asked.jsonl", asked))
+    assert "no conversation to train on" in message and "got no turn of the assistant" in message
     (tmp_path / "broken.jsonl").write_bytes(b'{"messages": [\n{"messages": []}\n')
     assert "no JSON at broken.jsonl:1" in refused(folder, tmp_path / "broken.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps({"messages": []}).encode() + b'\n{"messages": "\xe9"}\n')

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import ml_collections
 import numpy as np
@@ -189,6 +190,45 @@ def test_a_score_that_no_metric_gives_is_one_line():
     made, cells = read_study(study_config(scores=("perplexity",)))
     with pytest.raises(ValueError, match="study.scores: got 'perplexity', wanted one of the values lab_excess_nats"):
         page(made, done_cells(cells, lambda cell: np.ones(3)), 4, {})
+
+
+def test_a_score_of_several_names_is_the_first_that_a_run_has():
+    """A model that has two passes by those, one that has one by that; the difference is that of their pairs."""
+    made, cells = read_study(study_config(scores=("two|one",)))
+    rows = {"one": np.arange(4.0), "two": np.arange(4.0) - 0.5}
+    done = []
+    for cell in cells:
+        names = ("one",) if cell.run == "binary" else ("one", "two")
+        values = {name: Ratio.of(rows[name], None, "nats", name) for name in names}
+        values["lab_tv_2"] = Value(0.25, None, "", "")
+        about = {"forwards": 2.0, "wall_s": 1.0, "flops_per_sample": 1e6}
+        done.append(Done(cell.run, cell.seed, cell.changed, Record({}, {"lab": {}}, {"lab": values}, about)))
+    lines = page(made, done, 4, {}).splitlines()
+    assert "## two, or one (less is better)" in lines
+    (line,) = [line for line in lines if line.startswith("| count 64 steps 4 |")]
+    (binary, soft, difference) = (part.split(" ± ") for part in line.strip("| ").split(" | ")[1:])
+    assert (binary[0], soft[0], difference) == ("1.500", "1.000", ["-0.500", "0.000"])
+
+
+@pytest.mark.slow
+def test_likelihoods_are_compared_by_the_pairs_of_their_blocks(tmp_path):
+    """On the blocks and with the fields of config.eval; the value is that of the end of training."""
+    fields = dict(metrics="lab,likelihood", scores=("nats_per_token_two_pass|nats_per_token_one_pass",))
+    config = study_config(**fields, grids=dict(once=dict(count=2)))
+    study.run(config, tmp_path)
+    found = {run: read_record(next((tmp_path / "cells").glob(f"{run}-*.json"))) for run in config.study.runs}
+    for run, record in found.items():
+        assert record.metrics["likelihood"]["blocks"] == 4 and record.metrics["likelihood"]["chain"] == 0
+        summary = json.loads((tmp_path / f"{run}-seed0" / "summary.json").read_text())
+        value = record.value("nats_per_token_one_pass")
+        assert value.mean == pytest.approx(summary["val_nats_per_token_one_pass"], rel=1e-5) and len(value.sizes) == 4
+    assert found["binary"].value("nats_per_token_two_pass") is None
+    two_pass, one_pass = (
+        found["softmask"].value("nats_per_token_two_pass"),
+        found["binary"].value("nats_per_token_one_pass"),
+    )
+    assert paired(one_pass, two_pass)[0] == pytest.approx(two_pass.mean - one_pass.mean)
+    assert "two_pass, or nats_per_token_one_pass" in (tmp_path / "study.md").read_text()
 
 
 def test_generative_perplexity_needs_a_scorer(tmp_path):

@@ -21,6 +21,7 @@ from smdlm.feedback.gates import EntropyGate
 from smdlm.files import local_path, workdir_of
 from smdlm.identity import check_same_base, weights_hash
 from smdlm.io.checkpoint import checkpointer_of
+from smdlm.models.base import Frozen
 from smdlm.models.decoder import Decoder
 from smdlm.models.lora import LoRA
 
@@ -42,10 +43,12 @@ def import_adapter(args: argparse.Namespace) -> list[str]:
     with new_workdir(workdir) as checkpointer:
         model, weights, meta = load_base(base, "--base")
         lora, adapters = peft.load(args.src, model)
+        base_hash = weights_hash(weights)
+        peft.check_base(args.src, model, base, base_hash)
         gate = peft.load_gate(args.src)
         params = {"backbone": jax.tree.map(jnp.asarray, adapters), "softmask": raw_omega(gate[0]) if gate else {}}
         kind = AdapterConfig("dora" if lora.dora else "lora", ",".join(lora.targets), lora.rank, lora.alpha)
-        about = {"workdir": str(base), "hash": weights_hash(weights), "adapter": kind.described}
+        about = {"workdir": str(base), "hash": base_hash, "adapter": kind.described}
         kept = {name: meta[name] for name in ("model", "mask_id", "tokenizer") if name in meta}
         kept["convert"] = {"kind": "adapter", "k": gate[1] if gate else 1}
         save(checkpointer, params, params, {**kept, "base": about})
@@ -72,30 +75,43 @@ def export_adapter(args: argparse.Namespace) -> list[str]:
         params, meta = checkpointer.restore_params(None, which)
     if "base" not in meta or meta["base"]["adapter"]["kind"] not in ("lora", "dora"):
         raise FileError(f"got {args.src} without adapters, wanted a run with adapter.kind lora or dora")
-    lora = adapted(meta)
-    k, gate = 1, {}
-    if odd := set(params["softmask"]) - set(EntropyGate().init()):
-        raise FileError(f"got {args.src} with {', '.join(sorted(odd))}, wanted the gate 'entropy' of variant 'topk'")
-    if params["softmask"]:
-        values = EntropyGate().values(params["softmask"])
-        gate = {name: np.float32(value) for name, value in values.items()}
-        check_papers_operator(args.src, meta)
-        k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
-    peft.save(args.dst, lora, params["backbone"], gate, k, str(meta["base"]["workdir"]))
+    gate, k = gate_of(params.get("softmask", {}), meta, args.src)
+    base = meta["base"]
+    peft.save(args.dst, adapted(meta), params["backbone"], gate, k, str(base["workdir"]), base["hash"])
     return [f"wrote {args.dst}: adapters of step {meta['step']} ({which}), base {meta['base']['workdir']}"]
 
 
-def adapted(meta: Mapping[str, Any]) -> LoRA:
-    """The adapted model of a checkpoint's meta."""
+def gate_of(omega: Mapping[str, Any], meta: Mapping[str, Any], src: object) -> tuple[dict[str, Any], int]:
+    """({omega_s, omega_a, omega_b} in f32, k) of a checkpoint's raw omega; {} for a binary model.
+
+    Raises:
+      FileError: a soft mask that the public code does not have.
+    """
+    if odd := set(omega) - set(EntropyGate().init()):
+        raise FileError(f"got {src} with {', '.join(sorted(odd))}, wanted the gate 'entropy' of variant 'topk'")
+    if not omega:
+        return {}, 1
+    check_papers_operator(src, meta)
+    k = read(meta["config"]).softmask.k if "config" in meta else meta["convert"]["k"]
+    return {name: np.float32(value) for name, value in EntropyGate().values(omega).items()}, k
+
+
+def adapted(meta: Mapping[str, Any]) -> Frozen:
+    """The model of a checkpoint's meta with what was trained beside it."""
     fields = {**meta["base"]["adapter"]}
     if "targets" in fields:
         fields["targets"] = ",".join(fields["targets"])
     return AdapterConfig(**fields).around(decoder.model_of(meta["model"]))
 
 
-def merged(meta: Mapping[str, Any], adapters: Any) -> Any:
-    """The weights of a run's base with its adapters merged into them. ValueError if the base is another one by now."""
+def merged(meta: Mapping[str, Any], adapters: Any) -> tuple[Any, dict[str, Any]]:
+    """(the weights of a run's base with its adapters, if it has any, merged into them; meta of the base).
+
+    Raises:
+      ValueError: the base is another one by now.
+    """
     base, about = workdir_of(local_path("base", meta["base"]["workdir"])), meta["base"]
-    _, weights, _ = load_base(base, "base")
+    _, weights, of_base = load_base(base, "base")
     check_same_base(about, {**about, "hash": weights_hash(weights)})
-    return adapted(meta).merge(weights, adapters)
+    made = adapted(meta)
+    return made.merge(weights, adapters) if isinstance(made, LoRA) else weights, of_base

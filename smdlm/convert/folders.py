@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from smdlm import command, files
-from smdlm.convert import adapter, decoder, gguf, gpt2
+from smdlm.convert import adapter, decoder, gguf, gpt2, peft
 from smdlm.convert.files import FileError
 from smdlm.convert.streams import Tensor, check, read_folder, tensor_of, to_tree, write_safetensors
 from smdlm.convert.table import Leaf
@@ -95,9 +95,15 @@ def import_weights(
             there = [name for name in pretrained.FILES if (src / name).is_file()]
             tokenizer = {name: (src / name).read_bytes() for name in there} if pretrained.holds_tokenizer(src) else {}
         operator = OPERATORS[softmask or ("none" if found.model.causal else "topk")]
-        params = {"backbone": found.tree, "softmask": operator.init() if operator else {}}
-        new = [f"softmask/{name}" for name in params["softmask"]]
-        save(checkpointer, params, params, {**found.meta, "convert": {**found.meta["convert"], "new": new}})
+        gate = peft.load_gate(src) if operator == OPERATORS["topk"] else None
+        if gate:  # of a fine-tuned network that was exported
+            about, omega = {"k": gate[1], "new": []}, adapter.raw_omega(gate[0])
+            found.notes.append(f"omega of {peft.GATE}, softmask.k {gate[1]}")
+        else:
+            omega = operator.init() if operator else {}
+            about = {"new": [f"softmask/{name}" for name in omega]}
+        params = {"backbone": found.tree, "softmask": omega}
+        save(checkpointer, params, params, {**found.meta, "convert": {**found.meta["convert"], **about}})
     for name, content in tokenizer.items():
         files.write(workdir / "tokenizer" / name, content)
     also = [f"wrote {workdir / 'tokenizer'}: data.tokenizer=hf:{workdir / 'tokenizer'}"] if tokenizer else []
@@ -121,7 +127,7 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
     model = dataclasses.replace(released, vocab_size=ids, **own_fields)
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     tree = to_tree(own, table, shapes, mask_row=appended)
-    texts = {name: (path / name).read_text("utf-8") for name in COPIED if (path / name).is_file()}
+    texts = {name: _text(path / name) for name in COPIED if (path / name).is_file()}
     stored = {name: [tensor.dtype.name, tensor.file] for name, tensor in tensors.items()}
     meta = {
         "model": dataclasses.asdict(model),
@@ -131,6 +137,13 @@ def find(kind: str, path: Path, tensors: Mapping[str, Tensor], config: dict[str,
     count = sum(int(np.prod(tensor.shape)) for tensor in own.values())
     notes = [f"{count:,} parameters, kept as {dtype}; {ids} ids in {model.rows} rows, mask {mask_id}"]
     return Found(model, tree, meta, notes)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: got no text ({files.one_line(error)}), wanted UTF-8: copy it again") from None
 
 
 def _ids(path: Path, config: Mapping[str, Any], rows: int) -> tuple[int, int]:
@@ -154,19 +167,28 @@ def _ids(path: Path, config: Mapping[str, Any], rows: int) -> tuple[int, int]:
 
 
 def export_folder(args: argparse.Namespace) -> list[str]:
-    """The newest checkpoint of SRC -> the folder DST, adapters merged into their base; returns the lines to print."""
+    """The newest checkpoint of SRC -> the folder DST, adapters merged into their base; returns the lines to print.
+
+    The soft mask of a fine-tuned network goes along as the reference keeps it beside adapters; an import reads it back.
+    """
     if args.dst.exists():
         raise FileError(f"got {args.dst}, which exists, wanted a new folder: name another one or delete it")
     command.check_folder("DST", args.dst.parent)
     workdir, which = files.workdir_of(args.src), {"raw": "params", "ema": "ema"}[args.weights or "raw"]
     with contextlib.closing(checkpointer_of(workdir)) as checkpointer:
         params, meta = checkpointer.restore_params(None, which)
-    backbone, also = params["backbone"], ""
+    backbone, laid_out, also = params.get("backbone", {}), meta, ""
     if "base" in meta:
-        backbone, also = adapter.merged(meta, backbone), f", merged into {meta['base']['workdir']}"
+        backbone, laid_out = adapter.merged(meta, backbone)
+        also = f", merged into {meta['base']['workdir']}"
     with files.whole(args.dst) as temporary:
         temporary.mkdir()
-        count = write_folder(temporary, args.kind, backbone, meta)
+        count = write_folder(temporary, args.kind, backbone, laid_out)
+        if not meta.get("convert", {}).get("new"):  # an omega that an import made up belongs to no network
+            try:
+                peft.save_gate(temporary, *adapter.gate_of(params.get("softmask", {}), meta, args.src))
+            except FileError as error:
+                also += f", without its omega: {error}"
         for file in (workdir / "tokenizer" / name for name in pretrained.FILES):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
@@ -184,7 +206,7 @@ def write_folder(folder: Path, kind: str, backbone: Mapping[str, Any], meta: Map
     if getattr(model, "param_dtype", "") == "int8":
         raise FileError("got weights rounded to int8, wanted float32 or bfloat16: export what they were imported from")
     # A language model has no use of a mask that was appended.
-    rows = convert.get("rows", model.vocab_size)
+    rows = convert.get("rows") or getattr(model, "table_rows", 0) or model.vocab_size
     rows = rows if model.causal or model.vocab_size <= rows else model.vocab_size
     flat = traverse_util.flatten_dict(backbone, sep="/")
 

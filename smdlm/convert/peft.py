@@ -18,13 +18,14 @@ from flax import traverse_util
 from smdlm import files
 from smdlm.convert.decoder import table
 from smdlm.convert.files import FileError
-from smdlm.convert.streams import Tensor, read_header, read_json, write_safetensors
+from smdlm.convert.streams import Tensor, read_header, read_json, read_metadata, write_safetensors
 from smdlm.convert.table import ConversionError, Leaf
 from smdlm.convert.unpickle import shown
 from smdlm.models.decoder import Decoder
 from smdlm.models.lora import LoRA
 
 CONFIG, WEIGHTS, GATE = "adapter_config.json", "adapter_model.safetensors", "transparency_config.json"
+BASE_HASH = "smdlm_base_"  # and the type of the base: among the metadata of the weights
 MODULES = {
     "q": "q_proj",
     "k": "k_proj",
@@ -117,11 +118,20 @@ def _read(folder: Path, lora: LoRA) -> dict[str, Any]:
     return traverse_util.unflatten_dict(out, sep="/")
 
 
-def save(folder: Path, lora: LoRA, adapters: Mapping[str, Any], gate: Mapping[str, float], k: int, base: str) -> None:
+def save(
+    folder: Path,
+    lora: LoRA,
+    adapters: Mapping[str, Any],
+    gate: Mapping[str, float],
+    k: int,
+    base: str,
+    base_hash: str = "",
+) -> None:
     """Writes a folder that PEFT loads; complete or not at all.
 
     gate: omega_s, omega_a and omega_b, f32 as they are, or {} for a binary model. k: candidates of the feedback.
-    base: name or path of the frozen model, as PEFT keeps it.
+    base: name or path of the frozen model, as PEFT keeps it. base_hash: of its weights in the type
+      in which they were imported, for `check_base`.
     """
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items()}
 
@@ -150,15 +160,31 @@ def save(folder: Path, lora: LoRA, adapters: Mapping[str, Any], gate: Mapping[st
         temporary.mkdir()
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         leaves = sorted(tensors_of(lora), key=lambda leaf: leaf.source)
-        write_safetensors(temporary / WEIGHTS, {leaf.source: tensor(leaf) for leaf in leaves})
-        if gate:
-            (temporary / GATE).write_text(json.dumps(_transparency(gate, k), indent=2) + "\n", "utf-8")
+        about = {BASE_HASH + lora.base.param_dtype: base_hash} if base_hash else {}
+        write_safetensors(temporary / WEIGHTS, {leaf.source: tensor(leaf) for leaf in leaves}, about)
+        save_gate(temporary, gate, k)
 
 
-def _transparency(gate: Mapping[str, float], k: int) -> dict[str, Any]:
-    """f32 values as the shortest decimals that read back as the same bits."""
+def check_base(folder: Path, base: Decoder, workdir: Path, base_hash: str) -> None:
+    """FileError if the adapter says that it was trained beside other weights.
+
+    PEFT's own say nothing of them, and ours nothing of those that were imported in another type: an adapter that was
+    trained beside a base in int8 may be merged into the same one in bfloat16.
+    """
+    wanted = read_metadata(folder / WEIGHTS).get(BASE_HASH + base.param_dtype, base_hash)
+    if wanted != base_hash:
+        raise FileError(
+            f"--base: got {workdir} with weights {base_hash[:12]} for an adapter trained beside weights {wanted[:12]} "
+            f"({folder}), wanted those"
+        )
+
+
+def save_gate(folder: Path, gate: Mapping[str, float], k: int) -> None:
+    """Writes transparency_config.json, unless gate is {}: f32 as the shortest decimals that read back as they were."""
+    if not gate:
+        return
     number = lambda name: float(str(np.float32(gate[name])))
-    return {
+    content = {
         "transparency_alg": "mixinputs_with_topk",
         "transparency_scale": number("omega_s"),
         "transparency_steepness": number("omega_a"),
@@ -167,6 +193,7 @@ def _transparency(gate: Mapping[str, float], k: int) -> dict[str, Any]:
         "mixinputs_k": k,
         "transparency_scheduling": "none",
     }
+    (folder / GATE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def load_gate(folder: Path) -> tuple[dict[str, float], int] | None:

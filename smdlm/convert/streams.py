@@ -6,6 +6,7 @@ before anything is written.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -83,12 +84,22 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """An object. Raises FileError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=once)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: got no readable JSON ({type(error).__name__}), wanted an object") from None
     if not isinstance(value, dict):
         raise FileError(f"{path}: got a {type(value).__name__}, wanted an object")
     return value
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; json would take the last of several values. Raises FileError."""
+    found = dict(pairs)
+    if twice := sorted({name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1}):
+        raise FileError(f"got {_few(twice)} more than once, wanted each name once: copy the file again")
+    return found
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -99,7 +110,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size, 100_000_000):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=once)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, entry) for name, entry in header.items()}
         if size != 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
@@ -109,6 +120,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
             f"{path}: got a damaged or truncated file ({error}), wanted safetensors: copy it again"
         ) from None
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a file that `read_header` has read."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
 
 
 def _tensor(path: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
@@ -217,9 +234,9 @@ def tensor_of(flat: Mapping[str, Any], leaf: Leaf) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, one tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, one tensor in memory at a time. about: texts that `read_metadata` gives back."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
     at = 0
     for name, tensor in tensors.items():
         end = at + math.prod(tensor.shape) * tensor.dtype.itemsize

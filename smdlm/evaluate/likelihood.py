@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.diffusion import uniforms_by_number
-from smdlm.evaluate.base import Subject, Value, ratio
+from smdlm.evaluate.base import Subject, Value
+from smdlm.evaluate.samples import Ratio
 from smdlm.mesh.arrays import fetch
 from smdlm.objective import NextToken, Objective, SoftMaskedDiffusion, counted
 from smdlm.softmask import Feedback
@@ -69,15 +70,14 @@ class Likelihood:
         nll, sizes, lengths = self.blockwise(subject)
         values = {}
         for name, nll_N in nll.items():
-            bits, nats = ratio(nll_N, sizes * np.log(2)), ratio(nll_N, lengths)
-            perplexity = float(np.exp(nats[0]))
-            values[f"bits_per_byte_{name}"] = Value(*bits, "bits/byte", LABELS[name])
-            values[f"nats_per_token_{name}"] = Value(*nats, "nats/token", LABELS[name])
-            values[f"perplexity_{name}"] = Value(perplexity, perplexity * nats[1], "perplexity", LABELS[name])
+            label = LABELS[name]
+            values[f"bits_per_byte_{name}"] = Ratio.of(nll_N, sizes * np.log(2), "bits/byte", label)
+            values[f"nats_per_token_{name}"] = Ratio.of(nll_N, lengths, "nats/token", label)
+            values[f"perplexity_{name}"] = Ratio.of(nll_N, lengths, "perplexity", label, exp=True)
         if "two_pass" in nll:
             gain, label = nll["one_pass"] - nll["two_pass"], "gain of the second pass (paired)"
-            values["gain_bits_per_byte"] = Value(*ratio(gain, sizes * np.log(2)), "bits/byte", label)
-            values["gain_nats_per_token"] = Value(*ratio(gain, lengths), "nats/token", label)
+            values["gain_bits_per_byte"] = Ratio.of(gain, sizes * np.log(2), "bits/byte", label)
+            values["gain_nats_per_token"] = Ratio.of(gain, lengths, "nats/token", label)
         return values
 
     def blockwise(self, subject: Subject) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ All runs of one seed sample with the same noise, so that their differences come 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -29,6 +30,7 @@ from smdlm.build import Experiment, assemble, build
 from smdlm.data.kept import tokenizer_of_run
 from smdlm.evaluate import EVALUATORS, OF_A_FILE
 from smdlm.evaluate.genppl import GenerativePerplexity, Scorer
+from smdlm.evaluate.likelihood import Likelihood
 from smdlm.evaluate.record import Record, read_record, write_record
 from smdlm.evaluate.samples import facts, read_samples
 from smdlm.files import owned, sha256, write
@@ -107,18 +109,28 @@ def _sample(cell: Cell, folder: Path, file: Path) -> None:
 
 def _score(study: Study, cell: Cell, judge: Scorer | None, workdir: Path) -> None:
     """Reads the samples of a cell and writes their values."""
-    made = _assembled(cell, workdir / cell.folder)
+    made, params = _assembled(cell, workdir / cell.folder), None
+    metrics = {name: _metric(name, judge, cell) for name in study.metrics.split(",")}
+    if any(isinstance(metric, Likelihood) for metric in metrics.values()):
+        made, params = _with_weights(cell, workdir / cell.folder)
     file = workdir / "cells" / f"{cell.name}.jsonl"
     samples = read_samples(file, made.vocabulary.fingerprint, workdir / "cells" / f"{cell.name}.cache")
-    seen = dataclasses.replace(experiment.subject(made, None), sample=lambda: samples.ids)
+    seen = dataclasses.replace(experiment.subject(made, params), sample=lambda: samples.ids)
     values, about = {}, {}
-    for name in study.metrics.split(","):
-        metric = _metric(name, judge)
-        values[name] = metric.run(seen if name in EVALUATORS else samples)
+    for name, metric in metrics.items():
+        with jax.set_mesh(made.mesh) if isinstance(metric, Likelihood) else contextlib.nullcontext():
+            values[name] = metric.run(seen if name in EVALUATORS else samples)
         about[name] = facts(metric)
     where = {"run": cell.run, "seed": cell.seed, "sampling": dict(cell.changed), "samples_sha256": sha256(file)}
     cost = work(made, file, len(samples))
     write_record(_record_file(workdir, study, judge, cell), Record(_conditions(cell), about, values, where | cost))
+
+
+def _with_weights(cell: Cell, folder: Path) -> tuple[Experiment, Any]:
+    """(the experiment of a cell with its data, its weights as they are evaluated)."""
+    made = build(cell.config, folder)
+    with contextlib.closing(experiment.checkpointer_of(folder)) as checkpointer, jax.set_mesh(made.mesh):
+        return made, experiment.restore(made, checkpointer, cell.config.eval.omega)[0]
 
 
 def _conditions(cell: Cell) -> dict[str, Any]:
@@ -126,12 +138,16 @@ def _conditions(cell: Cell) -> dict[str, Any]:
     return {"name": "study", "length": cell.config.data.seq_len, **cell.drawn["sampling"], "seed": cell.seed}
 
 
-def _metric(name: str, judge: Scorer | None) -> Any:
-    return GenerativePerplexity(judge) if name == JUDGED else {**EVALUATORS, **OF_A_FILE}[name]()
+def _metric(name: str, judge: Scorer | None, cell: Cell) -> Any:
+    """The metric of a name, as config.eval has it if it is named there too."""
+    if name == JUDGED:
+        return GenerativePerplexity(judge)
+    cls = {**EVALUATORS, **OF_A_FILE}[name]
+    return next((metric for metric in cell.config.eval.metrics if type(metric) is cls), None) or cls()
 
 
 def _record_file(workdir: Path, study: Study, judge: Scorer | None, cell: Cell) -> Path:
-    measured = {name: facts(_metric(name, judge)) for name in study.metrics.split(",")}
+    measured = {name: facts(_metric(name, judge, cell)) for name in study.metrics.split(",")}
     return workdir / "cells" / f"{cell.name}-{digest(measured)}.json"
 
 

@@ -25,9 +25,11 @@ class Study:
       baseline: the run with which all others are compared.
       grids: {name: {field of config.sampling: value, or a tuple of values to combine}}; a cell is one combination.
       only: {run: names of the grids that it is sampled by}; all grids for a run that is not named.
-      metrics: names joined by commas, of evaluate.EVALUATORS, evaluate.SAMPLE_METRICS, or generative_perplexity.
+      metrics: names joined by commas, of evaluate.EVALUATORS (with the fields of config.eval if they are named there
+        too), evaluate.SAMPLE_METRICS, or generative_perplexity.
       scorer: workdir of the causal model that judges, for generative_perplexity.
-      scores: values by which runs are compared, those that metrics give per sample; less is better.
+      scores: values by which runs are compared, those that metrics give per sample or block; less is better. Of several
+        joined by '|' every run shows the first that it has.
       show: values of the last table.
       front: the value that is drawn against the first score, '' for none: sample_entropy for a perplexity.
       seeds: every run is trained and sampled with the seeds 0 .. seeds - 1.

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from smdlm.evaluate.base import Value
 from smdlm.evaluate.record import Record
 from smdlm.evaluate.samples import Ratio, paired
 from smdlm.feedback.gates import EntropyGate, Prediction
@@ -41,7 +42,7 @@ def page(study: Study, done: Sequence[Done], total: int, trained: Mapping[str, S
     ]
     for score in study.scores:
         table = _by_run if len(study.runs) > WIDE else _by_sampling
-        parts += ["", f"## {score} (less is better)", "", *table(study, done, score)]
+        parts += ["", f"## {score.replace('|', ', or ')} (less is better)", "", *table(study, done, score)]
     parts += ["", "## Other values, seeds averaged", "", *_other_values(study, done)]
     if trained:
         parts += ["", "## Training, seeds averaged", "", *_training(trained)]
@@ -88,16 +89,22 @@ def _by_run(study: Study, done: Sequence[Done], score: str) -> list[str]:
 
 
 def _own(cell: Done, score: str) -> tuple[float, float]:
-    value = cell.record.value(score)
+    value = _value(cell, score)
     if value is None:
         given = [name for values in cell.record.values.values() for name in values]
         raise ValueError(f"study.scores: got {score!r}, wanted one of the values {', '.join(given)}")
     return value.mean, value.interval or 0.0
 
 
+def _value(cell: Done, score: str) -> Value | None:
+    """Of names joined by '|', the first that the record has."""
+    found = (cell.record.value(name) for name in score.split("|"))
+    return next((value for value in found if value is not None), None)
+
+
 def _pairs(here: Sequence[Done], baseline: str, run: str, score: str) -> list[tuple[float, float]]:
     """Differences between a run and the baseline for every seed that has both."""
-    found = {(cell.run, cell.seed): cell.record.value(score) for cell in here}
+    found = {(cell.run, cell.seed): _value(cell, score) for cell in here}
     seeds = [seed for name, seed in found if name == run and (baseline, seed) in found]
     pairs = [(found[baseline, seed], found[run, seed]) for seed in seeds]
     return [paired(a, b) for a, b in pairs if isinstance(a, Ratio) and isinstance(b, Ratio)]

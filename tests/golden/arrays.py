@@ -36,6 +36,7 @@ class Group:
 # What several parts compare. The factors are those of the set's README, which hold for any depth, width and magnitude.
 LOSS = Group("loss", 1e-4)
 NOISE = Group("noise", 1e-7)
+TOKENS = Group("generated tokens", 0)
 TRAJECTORY_FACTOR = 8e-6  # log-probabilities, as a share of the largest logit
 
 

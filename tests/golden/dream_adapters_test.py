@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golden.arrays import Group
+from golden.arrays import TOKENS, Group
 from golden.dream import DREAM, Released, load_dream
+from golden.generation import history, replayed, settings
 from smdlm.convert import decoder, peft, streams
 
 ADAPTED = Group("adapted logits", 3e-6, relative=True)
@@ -47,6 +48,15 @@ def test_merged(adapted):
     assert names
     for match in names:
         stored.check(MERGED, match[0], tensors[match[1]])
+
+
+def test_generation_with_merged_weights(adapted):
+    """A run of generate.json with the merged weights, by the name of that run."""
+    stored, _, merged, _ = adapted
+    for match in stored.matches(r"merged_(?!_)(.*)__history"):
+        run = settings("generate.json")[match[1]]
+        stored.check(TOKENS, match[0], history(replayed(match[1], merged)[-1], run["steps"]))
+        stored.no_result(f"merged_{match[1]}__float64_same")  # whether the public code gives the same in float64
 
 
 def test_saved_again(adapted, tmp_path):

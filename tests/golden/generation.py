@@ -10,9 +10,11 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from golden.dream import DREAM, load_dream
+from golden.dream import DREAM, Released, load_dream
 from smdlm.denoiser import Denoiser
+from smdlm.feedback.gates import EntropyGate
 from smdlm.full_softmask import FullSoftMask
 from smdlm.models.base import Head
 from smdlm.ops.filters import Filters
@@ -20,7 +22,7 @@ from smdlm.readout import Draw, Readout
 from smdlm.sampling.blocks import BlockDecoder, Forward
 from smdlm.sampling.policies import Ancestral, Entropy, Margin, MaxProbability, Policy
 from smdlm.sampling.transfer import Transfer
-from smdlm.softmask import EntropyGate, SoftMask
+from smdlm.softmask import SoftMask
 
 ORDERS = {"maskgit_plus": MaxProbability, "topk_margin": Margin, "entropy": Entropy}
 
@@ -38,27 +40,15 @@ class Unrestrained(Denoiser):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
-    """A gate whose lambda is multiplied."""
-
-    gate: Any
-    factor: jax.Array
-
-    def __call__(self, omega: Any, prediction: Any) -> jax.Array:
-        return self.factor * self.gate(omega, prediction)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheduled(SoftMask):
-    """The public code's schedules over the share of masks that are left."""
+class Scheduled(EntropyGate):
+    """The public code's schedules over the share of masks that are left, which is the time of our feedback."""
 
     schedule: str = "none"
 
-    def __call__(self, omega, table, head, tokens, feedback, mask_id):
-        left = feedback.time[:, None]
+    def __call__(self, omega: Any, seen: Any) -> jax.Array:
+        left = seen.time
         factor = {"none": jnp.ones_like(left), "linear": left, "stepwise": (left > 0.5).astype(jnp.float32)}
-        gate = Scaled(self.gate, factor[self.schedule])
-        return SoftMask(self.k, gate, self.mixer)(omega, table, head, tokens, feedback, mask_id)
+        return factor[self.schedule] * super().__call__(omega, seen)
 
 
 def operator(sm: dict[str, Any] | None) -> SoftMask | None:
@@ -66,16 +56,17 @@ def operator(sm: dict[str, Any] | None) -> SoftMask | None:
     if sm is None:
         return None
     centre, steepness = sm["transparency_centre"] + 1e-6, sm["transparency_steepness"] - 1e-6
-    gate = EntropyGate(sm["transparency_scale"], centre, steepness)
+    gate = Scheduled(sm["transparency_scale"], centre, steepness, sm["transparency_scheduling"])
     if sm["transparency_alg"] == "mixinputs_with_temp":
-        assert sm["transparency_scheduling"] == "none"
-        return FullSoftMask(gate=gate, temperature=sm["mixture_temp"] - 1e-6)
-    return Scheduled(sm["mixinputs_k"], gate, schedule=sm["transparency_scheduling"])
+        return FullSoftMask(gate=gate, temperature=sm["mixture_temp"] - 1e-6, chunk=17)
+    return SoftMask(sm["mixinputs_k"], gate)
 
 
-def decoder(policy: Policy, sm: dict[str, Any] | None = None, **options: Any) -> tuple[BlockDecoder, Any]:
-    """(decoder with the set's weights, those)."""
-    dream, softmask = load_dream(), operator(sm)
+def decoder(
+    policy: Policy, sm: dict[str, Any] | None = None, dream: Released | None = None, **options: Any
+) -> tuple[BlockDecoder, Any]:
+    """(decoder with the set's weights, or those of `dream`, and the weights themselves)."""
+    dream, softmask = dream or load_dream(), operator(sm)
     model = dataclasses.replace(dream.model, shift=True)
     denoiser = Unrestrained(model, model.rows, dream.config["mask_token_id"], softmask)
     readout = Readout(k=softmask.k if softmask else 1, chunk=17)
@@ -114,6 +105,41 @@ def played(decode: BlockDecoder, params: Any, x: Any, seen: Any, first: int, ste
         return forwards()
     with mock.patch.object(BlockDecoder, "noise", lambda self, keys, begin, index, block: noise[int(index)]):
         return forwards()
+
+
+def recorded(stored, name, run, shape):
+    """[steps, 2, B, block] uniforms that decide as the stored random numbers did; anything where none was used."""
+    steps, batch, length = shape
+    token = move = np.zeros((steps, batch, length), np.float32)
+    if f"{name}__uniform" in stored:
+        uniform = np.nan_to_num(stored[f"{name}__uniform"], nan=0.5)
+        token, move = (token, uniform) if run["alg"] == "origin" else (uniform, move)
+        history = np.concatenate([stored[f"{name}__x_init"][None], stored[f"{name}__history"]])
+        move = move if run["alg"] == "origin" else (history[1:] != history[:-1]).astype(np.float32)
+    if f"{name}__expo" in stored:  # an exponential of ours is -log(1 - u)
+        move = -np.expm1(-np.nan_to_num(stored[f"{name}__expo"], nan=1.0))
+    return np.stack([token, move], axis=1).astype(np.float32)
+
+
+def replayed(name: str, dream: Released | None = None) -> tuple[BlockDecoder, Any, np.ndarray, list[Forward]]:
+    """A run of generate.json again, with the set's weights or those of `dream`: (decoder, weights, seen [B, L] bool,
+    its forward passes)."""
+    stored, run = DREAM.arrays("generate.npz"), settings("generate.json")[name]
+    start, first = stored[f"{name}__x_init"], stored["prompt"].shape[1]
+    seen = np.ones(start.shape, bool)
+    if run["padded"]:
+        seen[:, :first] = stored["pad_attention_mask"].astype(bool)
+        assert np.array_equal(start[:, :first], stored["pad_prompt"])
+    filters = Filters(run.get("temperature") or 0.0, run.get("top_p") or 1.0, top_k=run.get("top_k") or 0)
+    made, params = decoder(policy_of(run), run["sm"], dream, filters=filters)
+    noise = recorded(stored, name, run, (run["steps"], *start.shape))[..., first:]
+    return made, params, seen, played(made, params, start, seen, first, run["steps"], noise)
+
+
+def history(forwards: list[Forward], steps: int) -> np.ndarray:
+    """[steps, B, L] canvases: the public code runs every step, ours stops when no mask is left."""
+    canvases = [np.asarray(forward.after.canvas) for forward in forwards]
+    return np.stack(canvases + [canvases[-1]] * (steps - len(canvases)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golden.arrays import NOISE, Group, largest
+from golden.arrays import NOISE, TOKENS, Group, largest
 from golden.dream import DREAM, load_dream
-from golden.generation import Budget, Threshold, Transfer, decoder, played, policy_of, settings
+from golden.generation import Budget, Threshold, Transfer, decoder, history, played, replayed, settings
 from smdlm.models.base import Head
 from smdlm.ops.filters import Filters
 from smdlm.readout import Readout
 from smdlm.sampling.blocks import block_times
 from smdlm.sampling.policies import Entropy
 
-TOKENS = Group("generated tokens", 0)
 LOGITS = Group("generation logits", 1e-4)
 SOFT_LOGITS = Group("soft-masked generation logits", 5e-3)
 DRAWS = Group("draws", 0)
@@ -29,38 +28,11 @@ def names(file, chosen=lambda run: True):
     return [name for name, run in settings(file).items() if chosen(run)]
 
 
-def recorded(stored, name, run, shape):
-    """[steps, 2, B, block] uniforms that decide as the stored random numbers did; anything where none was used."""
-    steps, batch, length = shape
-    token = move = np.zeros((steps, batch, length), np.float32)
-    if f"{name}__uniform" in stored:
-        uniform = np.nan_to_num(stored[f"{name}__uniform"], nan=0.5)
-        token, move = (token, uniform) if run["alg"] == "origin" else (uniform, move)
-        history = np.concatenate([stored[f"{name}__x_init"][None], stored[f"{name}__history"]])
-        move = move if run["alg"] == "origin" else (history[1:] != history[:-1]).astype(np.float32)
-    if f"{name}__expo" in stored:  # an exponential of ours is -log(1 - u)
-        move = -np.expm1(-np.nan_to_num(stored[f"{name}__expo"], nan=1.0))
-    return np.stack([token, move], axis=1).astype(np.float32)
-
-
 @pytest.mark.parametrize("name", names("generate.json"))
 def test_history(name):
     stored, run = DREAM.arrays("generate.npz"), settings("generate.json")[name]
-    start = stored[f"{name}__x_init"]
-    first = stored["prompt"].shape[1]
-    seen = np.ones(start.shape, bool)
-    if run["padded"]:
-        seen[:, :first] = stored["pad_attention_mask"].astype(bool)
-        assert np.array_equal(start[:, :first], stored["pad_prompt"])
-    temperature = run.get("temperature") or 0.0
-    filters = Filters(temperature, run.get("top_p") or 1.0, top_k=run.get("top_k") or 0)
-    made, params = decoder(policy_of(run), run["sm"], filters=filters)
-    noise = recorded(stored, name, run, (run["steps"], *start.shape))[..., first:]
-    forwards = played(made, params, start, seen, first, run["steps"], noise)
-    # The public code runs every step; ours stops when no mask is left.
-    canvases = [np.asarray(forward.after.canvas) for forward in forwards]
-    canvases += [canvases[-1]] * (run["steps"] - len(canvases))
-    stored.check(TOKENS, f"{name}__history", np.stack(canvases))
+    made, params, seen, forwards = replayed(name)
+    stored.check(TOKENS, f"{name}__history", history(forwards, run["steps"]))
     if f"{name}__logits" in stored:
         logits = [made.denoiser.head(params).logits(forward.hidden) for forward in forwards]
         where = (seen & np.concatenate([seen[:, :1], seen[:, :-1]], axis=1))[None, ..., None]

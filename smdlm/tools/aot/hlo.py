@@ -11,7 +11,10 @@ from pathlib import Path
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 PACKAGE = f"{Path(__file__).parents[2]}/"
-CALLERS = ("train", "objective", "build", "sampling/loop", "sampling/ar", "tools/aot/__main__", "tools/aot/measure")
+CALLERS = (
+    *("train", "objective", "build", "command", "sampling/loop", "sampling/ar"),
+    *("tools/aot/__main__", "tools/aot/measure"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
