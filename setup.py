@@ -8,7 +8,11 @@ setup(
     description="Soft-masked diffusion language models in JAX/Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_data={"smdlm.io": ["page/*"], "smdlm.tools.aot": ["*.textproto"]},
+    package_data={
+        "smdlm": ["released/*/*", "released/*/tokenizer/*"],
+        "smdlm.io": ["page/*"],
+        "smdlm.tools.aot": ["*.textproto"],
+    },
     package_dir={"": "."},  # `pip install -e .` then adds a path: a clone named smdlm hides no import
     packages=find_packages(include=["smdlm", "smdlm.*"]),
     install_requires=[

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from smdlm import command, experiment
 from smdlm.build import Experiment, assemble, make_sampler
-from smdlm.config import read
+from smdlm.config import Config, read
 from smdlm.data.chat import Messages
-from smdlm.data.kept import tokenizer_of_run
+from smdlm.data.kept import load_tokenizer, tokenizer_of_run
+from smdlm.data.vocabulary import Tokenizer
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
 from smdlm.files import local_path
-from smdlm.io import viewer
+from smdlm.io import released, viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
 from smdlm.sampling.generate import GenerateConfig, Generated, parse
@@ -34,16 +37,22 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
     """The EMA weights of a workdir's newest checkpoint, ready to sample, infill and score on one device.
 
     Args:
-      workdir: of `smdlm.main`, or of `smdlm.convert import`.
+      workdir: of `smdlm.main`, or of `smdlm.convert import`; or a released model: its folder, or the name of one that
+        came with the package ("miniature").
       config: a config file; without one that of the run is used, and a converted decoder or GPT-2 describes itself.
 
     Raises:
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
     """
     workdir = local_path("workdir", workdir)
+    if (folder := released.find(workdir)) is not None:
+        return _load_released(folder, config)
     checkpointer = experiment.checkpointer_of(workdir)
     if checkpointer.latest_step() is None:
-        raise FileNotFoundError(f"got no checkpoint in {checkpointer.directory}, wanted a trained run")
+        known = ", ".join(released.names())
+        raise FileNotFoundError(
+            f"got no checkpoint in {checkpointer.directory}, wanted a trained run, or a released model ({known})"
+        )
     if config is not None:
         settings = command.load_config(config).to_dict()
     else:
@@ -54,11 +63,29 @@ def load(workdir: str | Path, config: str | Path | None = None) -> Trained:
             f"{workdir}: got a converted checkpoint, wanted its config beside it: load(workdir, config=FILE)"
         )
     made = read(settings)
-    mesh = MeshConfig(data=1).make(jax.devices()[:1])
-    assembled = assemble(made, tokenizer_of_run(workdir, made.data.tokenizer), mesh, None)
-    with jax.set_mesh(mesh):
+    assembled = _on_one_device(made, tokenizer_of_run(workdir, made.data.tokenizer))
+    with jax.set_mesh(assembled.mesh):
         params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
     return Trained(assembled, params, step, settings)
+
+
+def _on_one_device(config: Config, tokenizer: Tokenizer) -> Experiment:
+    return assemble(config, tokenizer, MeshConfig(data=1).make(jax.devices()[:1]), None)
+
+
+def _load_released(folder: Path, config: str | Path | None) -> Trained:
+    """A released model. ValueError, one line; it brings its own config, or is damaged."""
+    if config is not None:
+        raise ValueError(f"load: got config {config} for the released model {folder}, wanted none: it has its own")
+    about, arrays = released.about(folder), released.weights(folder)
+    assembled = _on_one_device(read(about["config"]), load_tokenizer(folder / released.TOKENIZER))
+    experiment.check_vocabulary(assembled, about)
+    abstract = traverse_util.flatten_dict(assembled.abstract_params()[0], sep="/")
+    got, wanted = ({name: x.shape for name, x in tree.items()} for tree in (arrays, abstract))
+    if wrong := sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name)):
+        raise ValueError(f"{folder}: got other {', '.join(wrong)} than its config wants: copy the folder again")
+    params = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
+    return Trained(assembled, {"backbone": {}, "softmask": {}} | params, about["step"], about["config"])
 
 
 def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:

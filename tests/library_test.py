@@ -26,11 +26,15 @@ SETTINGS = {
 }
 
 
-def train(folder, name, **changes):
-    """A workdir with a run of a few updates."""
+def write_corpus(folder):
     (folder / "corpus").mkdir(exist_ok=True)
     for i in range(12):
         (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} says hello, and then {i * i} more things. " * 8)
+
+
+def train(folder, name, **changes):
+    """A workdir with a run of a few updates."""
+    write_corpus(folder)
     settings = {section: {**fields, **changes.get(section, {})} for section, fields in SETTINGS.items()}
     settings["data"]["source"] = f"text:{folder}/corpus/*.txt"
     made, workdir = build(read(settings), folder), folder / name
