@@ -1,13 +1,11 @@
 """The library: what `smdlm.load` gives. Samples, infills, scores, and what is refused."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import smdlm
 from smdlm import experiment
@@ -228,17 +226,6 @@ def test_a_causal_model_samples_and_scores_exactly(causal):
 def test_denoiser_and_params_go_on_in_jax(model):
     hidden = model.denoiser(model.params, np.zeros((1, 5), np.int32))
     assert hidden.shape == (1, 5, 32) and model.denoiser.head(model.params).logits(hidden).shape == (1, 5, 258)
-
-
-def test_the_lines_of_the_readme(model, monkeypatch, capsys):
-    """They run as they stand there, on a smaller run in the place of runs/tiny."""
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    asked = []
-    monkeypatch.setattr(smdlm, "load", lambda workdir: asked.append(workdir) or model, raising=False)
-    exec(compile(lines, "README.md", "exec"), {})
-    samples, infilled, value, *_ = capsys.readouterr().out.splitlines()
-    assert asked == ["runs/tiny"] and samples.startswith("['Return the ") and value.startswith("Value(mean=")
-    assert infilled.startswith("Return ") and infilled.endswith(" of the list.")
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
