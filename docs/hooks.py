@@ -46,5 +46,5 @@ def on_page_markdown(markdown: str, **_: object) -> str:
         return markdown
     lines = []
     for module, texts in messages().items():
-        lines += [f"### smdlm/{module}", "", *(f"- `{text}`" for text in texts), ""]
+        lines += [f"### `smdlm/{module}`", "", *(f"- `{text}`" for text in texts), ""]
     return markdown.replace(PLACE, "\n".join(lines))
