@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -97,7 +98,7 @@ def test_what_can_not_be_released_or_loaded_is_one_line(run, folder, tmp_path, c
 def test_the_miniature_is_what_its_record_says():
     """One published number of each model, measured again on the blocks that lie beside it; all of it below 4 MB."""
     for name in released.names():
-        model, folder = smdlm.load(name), released.find(released.Path(name))
+        model, folder = smdlm.load(name), released.find(Path(name))
         values = measured(model, released.validation_blocks(folder))
         published = released.about(folder)["results"]["validation"]
         for key in values.keys() & published.keys():
