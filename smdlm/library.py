@@ -97,13 +97,15 @@ def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
     model, omega = meta["model"], meta["convert"].get("new", ())
     # An omega that the import has made is in the checkpoint, but has learned nothing: feedback only if it is asked for.
     variant = "full" if "softmask/raw_temperature" in omega else "topk"
-    return {
+    described = {
         "model": {"name": kind, **model},
         "data": {**data, "seq_len": min(CONTEXT, model.get("positions", CONTEXT)), "batch_size": 1},
-        "softmask": {"p_sm": 0.8, "variant": variant} if omega else {"p_sm": 0.0},
+        "softmask": {"p_sm": 0.0},
         "train": {"steps": 1},
-        "sampling": {"use_feedback": False},
     }
+    if omega:
+        described |= {"softmask": {"variant": variant}, "sampling": {"use_feedback": False}}
+    return described
 
 
 @dataclasses.dataclass(frozen=True)
