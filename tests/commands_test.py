@@ -195,6 +195,7 @@ SETTINGS = {
     "train": {"steps": 1},
     "sampling": {"steps": 4},
     "generate": {"new_tokens": 32, "bucket": 16, "batch_size": 2},
+    "eval": {"chain": 0},
 }
 
 
@@ -208,7 +209,13 @@ def model(tmp_path_factory):
     return smdlm.Trained(assembled, make_params(assembled.denoiser), 0, settings)
 
 
-@pytest.mark.parametrize("page", [page for page, found in SNIPPETS.items() if found and page not in ELSEWHERE])
+WITH_SNIPPETS = [page for page, found in SNIPPETS.items() if found and page not in ELSEWHERE]
+SLOW = ("generation.md",)  # two programs that no other page has
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in WITH_SNIPPETS]
+)
 def test_snippets_run(page, model, monkeypatch, tmp_path, capsys):
     """As they stand there, one after another, on a small model in the place of whatever run they name."""
     monkeypatch.chdir(tmp_path)
