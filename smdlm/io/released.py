@@ -1,6 +1,6 @@
 """Released models: a run as a small folder that can travel with the package, and those that do.
 
-FOLDER/weights.safetensors   the averaged weights, matrices in float16, what is small (omega, biases, norms) in float32
+FOLDER/weights.safetensors   the averaged weights, in float16 but for omega, which stays in float32
 FOLDER/run.json              config, step, sizes, fingerprint of the tokenizer; `results`: what was measured, with its
                              protocols
 FOLDER/tokenizer/            as every run keeps it (data/kept.py)
@@ -28,7 +28,7 @@ from smdlm.data.vocabulary import Tokenizer
 
 HERE = Path(__file__).parents[1] / "released"
 RUN, WEIGHTS, TOKENIZER, VALIDATION = "run.json", "weights.safetensors", "tokenizer", "validation.npz"
-SMALL = 2**12  # elements up to which an array costs nothing in float32: omega would suffer from less
+SMALL = 64  # elements up to which an array stays in float32: omega would suffer from less, and costs nothing
 
 
 def names() -> list[str]:
