@@ -106,7 +106,8 @@ def check_module(module, words):
         upper = {"KIND": "mdlm"}  # a placeholder of the reader's
         convert.check_flags(convert.parser().parse_args([upper.get(word, word) for word in words]))
     elif module == "smdlm.data.prepare":
-        prepare._parser().parse_args(words)
+        if words:  # else the program is only named
+            prepare._parser().parse_args(words)
     elif module == "smdlm.tools.aot":
         flags, _ = check_flags(words, defined("tools/aot/__main__", "command"))
         assert not flags or settings_of(flags["config"], {})
@@ -127,7 +128,7 @@ def check(words):
             extra = re.fullmatch(r"(?:\.|smdlm)\[(.+)\]", word)
             for name in extra.group(1).split(",") if extra else ():
                 assert f'"{name}": [' in text, name
-            assert extra or word == "." or word.partition("==")[0] in text or word in ("jax[k8s]",), word
+            assert extra or word == "." or word.partition("==")[0] in text or word in ("jax[k8s]", "xprof"), word
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
     elif program.startswith("launch/"):
@@ -142,7 +143,7 @@ def check(words):
             if " -m smdlm.main " in line and line.startswith("+ ") and "pkill" not in line:
                 check_main(shlex.split(line.partition(" -m smdlm.main ")[2]))
     else:
-        assert program in ("mkdocs", "export"), program
+        assert program in ("mkdocs", "export", "xprof"), program
 
 
 @pytest.mark.parametrize("page", PAGES)
