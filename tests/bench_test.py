@@ -29,7 +29,7 @@ def test_mfu_is_the_share_of_the_chips_peak(monkeypatch):
     assert bench._mfu(989e12 * 0.01 * 0.45, 10.0) == pytest.approx(0.45)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sampler_has_a_batch_of_its_own(monkeypatch):
     """And its ratio is that to a forward of the same batch."""
     shapes = []

@@ -283,7 +283,7 @@ def test_prepared_data_is_copied_once_and_checked(folder, tmp_path, monkeypatch,
 # Whole runs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(folder, tmp_path):
     """Killed in the middle and continued; sampled, loaded and begun at from there."""
 

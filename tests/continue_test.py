@@ -131,7 +131,7 @@ def test_another_vocabulary_of_equal_padded_size_is_refused(folder, tmp_path):
         start(made, folder, "soft")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_a_released_file_to_samples_and_back(folder, tmp_path):
     """import -> continue -> sample -> export, as commands; and what is refused of them."""
 

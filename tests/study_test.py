@@ -101,7 +101,7 @@ def test_training_is_drawn_as_it_ended():
     assert training_panels({}, {"ar": [{"omega": {}, "values": {}}]}) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_free_and_continued_runs_are_sampled(tmp_path, capsys):
     study.run(softened(), tmp_path)
     assert "6 of 6 cells" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_score_of_several_names_is_the_first_that_a_run_has():
     assert (binary[0], soft[0], difference) == ("1.500", "1.000", ["-0.500", "0.000"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_likelihoods_are_compared_by_the_pairs_of_their_blocks(tmp_path):
     """On the blocks and with the fields of config.eval; the value is that of the end of training."""
     fields = dict(metrics="lab,likelihood", scores=("nats_per_token_two_pass|nats_per_token_one_pass",))
