@@ -71,13 +71,13 @@ def test_fields_of_a_source_stand_beside_it():
     [
         (
             {"source": "web:x"},
-            "data.source: got 'web:x', wanted 'stdlib:PART' | 'text:GLOB' | 'jsonl:GLOB' | 'tfds:NAME'",
+            "data.source: got 'web:x', wanted 'stdlib:PART' | 'text:GLOB' | 'jsonl:GLOB' | 'parquet:GLOB'",
         ),
         ({"source": "jsonl"}, "data.source: got 'jsonl', wanted"),
         ({"source": 3}, "config.data.source: got 3, wanted str"),
         ({}, "config.data: got no source, wanted 'stdlib:PART'"),
         ({"source": "text:x", "field": "body"}, "field (a field of source jsonl"),
-        ({"source": "jsonl:x", "train_split": "a"}, "train_split (a field of source tfds)"),
+        ({"source": "jsonl:x", "train_split": "a"}, "train_split (a field of source hf, tfds)"),
         ({"source": "jsonl:x", "glob": "a"}, "got unknown field glob, wanted"),
         ({"source": "jsonl:x", "field": 3}, "config.data.field: got 3, wanted str"),
     ],
