@@ -92,13 +92,13 @@ def table(records: Sequence[Record]) -> str:
     """A row for every NFE."""
     rows = []
     for record in records:
-        cells = [f"{record.protocol['steps']:5}"]
+        cells = []
         for name, value in record.values["code"].items():
             cells.append(
                 f"{name} {100 * value.mean:.1f}" + (f" ± {100 * value.interval:.1f}" if value.interval else "")
             )
         counts = ", ".join(f"{count} {status}" for status, count in sorted(record.about["statuses"].items()))
-        rows.append(" %  ".join(cells) + f" %  ({counts})")
+        rows.append(f"{record.protocol['steps']:5}  " + " %  ".join(cells) + f" %  ({counts})")
     return "\n".join(rows)
 
 
