@@ -140,7 +140,7 @@ def diverged(workdir: Path) -> Iterator[None]:
         yield
     except NonFinite as error:
         if chief:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # buckets have errors of their own; training's is the one to tell
                 note.write_text(f"{error}\n")
         raise
     if chief:

@@ -1,6 +1,5 @@
 """Containers and clusters, read and not run: what JobSet, SkyPilot and Docker would be told is consistent."""
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -8,6 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from smdlm.command import load_config
 from smdlm.config import read
 
 yaml = pytest.importorskip("yaml")
@@ -23,11 +23,7 @@ def loaded(name):
 def check_command(flags):
     """The flags are of `smdlm.main`, and its config takes them."""
     pairs = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    file = ROOT / pairs.pop("config")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_config(ROOT / pairs.pop("config"))
     assert pairs.pop("workdir").startswith("gs://")
     for name, value in pairs.items():
         _, section, field = name.split(".")

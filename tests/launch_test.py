@@ -1,6 +1,5 @@
 """The launch scripts: clean for shellcheck, silent in a dry run, and what they call (fakes stand on the PATH)."""
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from smdlm.command import load_config
 from smdlm.config import read
 from smdlm.tools import finished
 
@@ -93,11 +93,7 @@ def test_every_command_of_a_table_is_a_valid_experiment(launch, script):
     assert commands
     for flags in commands:
         pairs = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-        file = ROOT / pairs.pop("config")
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = load_config(ROOT / pairs.pop("config"))
         assert pairs.pop("workdir").startswith("/r/") and pairs.pop("mode", "train") in ("train", "eval", "sample")
         for name, value in pairs.items():
             _, section, field = name.split(".")

@@ -1,7 +1,9 @@
 """Fine-tuning on conversations: which rows are made of which records, their batches, and the loss on the responses."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 import sys
 
@@ -106,8 +108,9 @@ def test_all_kinds_of_files_hold_the_same(folder):
 
     found = answers(7)
     plain = write_lines(folder / "plain.jsonl", found)
-    with gzip.open(folder / "packed.jsonl.gz", "wb") as file:
-        file.write(plain.read_bytes())
+    for module in (gzip, lzma, bz2):
+        ending = {gzip: "gz", lzma: "xz", bz2: "bz2"}[module]
+        (folder / f"packed.jsonl.{ending}").write_bytes(module.compress(plain.read_bytes()))
     table = pyarrow.table({"messages": found, "id": list(range(7))})
     parquet.write_table(table, folder / "rows.parquet")
     (folder / "saved").mkdir()
@@ -120,7 +123,7 @@ def test_all_kinds_of_files_hold_the_same(folder):
     write_lines(folder / "other.jsonl", found, field="chat")
     wanted = load(folder, plain)
     assert len(wanted.train) == 6
-    for name in ("packed.jsonl.gz", "rows.parquet", "saved", "file.arrow"):
+    for name in ("packed.jsonl.gz", "packed.jsonl.xz", "packed.jsonl.bz2", "rows.parquet", "saved", "file.arrow"):
         got = load(folder, folder / name)
         assert np.array_equal(got.train.ids, wanted.train.ids) and np.array_equal(got.val.ids, wanted.val.ids), name
     assert np.array_equal(load(folder, folder / "other.jsonl", field="chat").train.ids, wanted.train.ids)

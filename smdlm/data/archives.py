@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from smdlm.data.documents import Document, NoText
+from smdlm.data.documents import Document, Files, NoText
 from smdlm.data.readers import matching_files, opened, printable, sizes, unpacked
 from smdlm.files import local_path
 
@@ -18,7 +18,7 @@ PACKED = (".tar", ".tgz", ".txz", ".xz", ".gz", ".bz2", ".zst")  # endings of an
 
 
 @dataclass(frozen=True)
-class OpenWebText:
+class OpenWebText(Files):
     """Tar archives of texts, or of such archives (openwebtext.tar.xz, its *_data.xz, the subsets/*.tar of the hub).
 
     A file .txt is a document. Three and more line ends in a row become two and blanks around a text are dropped, as in
@@ -26,19 +26,11 @@ class OpenWebText:
     beginning to its end, so that every look at the documents unpacks all of it.
     """
 
-    glob: str
-
-    def __post_init__(self):
-        local_path("data.source", self.glob)
-
     def documents(self) -> Iterator[Document]:
         for name, path in matching_files("data.source", self.glob):
             with opened(path, "a tar archive of texts") as file:
                 _check_end(path)
                 yield from _members(file, name)
-
-    def identity(self) -> str:
-        return sizes(matching_files("data.source", self.glob))
 
 
 def _members(file: IO[bytes], name: str) -> Iterator[Document]:

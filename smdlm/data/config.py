@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smdlm.data.conversations import Chat
+from smdlm.data.documents import Source
 from smdlm.data.readers import printable
-from smdlm.data.sources import SOURCES, Lab, Source, own_fields
+from smdlm.data.sources import SOURCES, Lab, own_fields
 from smdlm.data.tokenizer import check_spec
 from smdlm.files import path_of
 

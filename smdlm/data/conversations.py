@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from smdlm.data import records
-from smdlm.data.readers import matching_files, printable, read_records, sizes
-from smdlm.data.sources import Document, NoText
+from smdlm.data.documents import Document, NoText
+from smdlm.data.readers import UNPACK, matching_files, printable, read_records, sizes
 from smdlm.files import local_path, one_line
 
-JSON_LINES = (".jsonl", ".gz", ".zst")
+JSON_LINES = (".jsonl", *UNPACK)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Chat:
     """config.data.source 'chat:PATH': fine-tuning on the responses of conversations.
 
     Attributes:
-      path: files (a pattern of .jsonl, also .gz or .zst, .parquet or .arrow), or a folder of .arrow files as
+      path: files (a pattern of .jsonl, plain or packed, .parquet or .arrow), or a folder of .arrow files as
         `Dataset.save_to_disk` writes it.
       field: name of the turns in a record.
       buckets: lengths to which conversations are padded, joined by commas, the last of them data.seq_len ('' is that

@@ -1,7 +1,11 @@
 """A document, and what gives documents."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from smdlm.data.readers import matching_files, sizes
+from smdlm.files import local_path
 
 
 class NoText(ValueError):
@@ -32,6 +36,19 @@ class Source(Protocol):
     def identity(self) -> str:
         """Changes when the documents do, as far as names and sizes tell."""
         ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Base of the sources that are the files which one pattern names."""
+
+    glob: str
+
+    def __post_init__(self):
+        local_path("data.source", self.glob)
+
+    def identity(self) -> str:
+        return sizes(matching_files("data.source", self.glob))
 
 
 def text_of(record: Any, field: str, name: str) -> str:

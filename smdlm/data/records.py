@@ -12,10 +12,7 @@ SUFFIXES = (".parquet", ".arrow")
 
 
 class Rows:
-    """Neighbouring rows of a file, read at the first look at one of them.
-
-    columns: names of the ones that are read, None for all.
-    """
+    """Neighbouring rows of a file, read at the first look at one of them."""
 
     def __init__(self, path: Path, count: int, load: Callable[[], Any]):
         self._path, self._count, self._load = path, count, load

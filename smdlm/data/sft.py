@@ -18,9 +18,9 @@ import numpy as np
 from absl import logging
 
 from smdlm.data.config import DataConfig, spec_of
+from smdlm.data.documents import Document, NoText
 from smdlm.data.packing import block_dtype
 from smdlm.data.readers import key_bytes, printable
-from smdlm.data.sources import Document, NoText
 from smdlm.data.split import with_splits
 from smdlm.data.tokenizer import make_tokenizer
 from smdlm.data.vocabulary import Tokenizer

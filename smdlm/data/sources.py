@@ -19,11 +19,9 @@ from typing import Any
 from smdlm.data import corpus, lab, readers, records
 from smdlm.data.archives import OpenWebText, Text8
 from smdlm.data.detokenise import RULES, detokenise
-from smdlm.data.documents import Document, NoText, Source, text_of
+from smdlm.data.documents import Document, Files, NoText, Source, text_of
 from smdlm.data.readers import matching_files, named_files, printable, read_records, read_text, sizes
 from smdlm.files import local_path, one_line
-
-__all__ = ["Document", "NoText", "SOURCES", "Source", "make_source", "own_fields", "spelled", "text_of"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,8 @@ class Stdlib:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Files):
     """UTF-8 files, plain or packed (.gz, .zst, .xz, .bz2), each of them one document."""
-
-    glob: str
-
-    def __post_init__(self):
-        local_path("data.source", self.glob)
 
     def documents(self) -> Iterator[Document]:
         files = matching_files("data.source", self.glob)
@@ -68,22 +61,18 @@ class Text:
             raise NoText(f"data: got an empty file {printable(path)}, wanted text")
         return text
 
-    def identity(self) -> str:
-        return sizes(matching_files("data.source", self.glob))
-
 
 @dataclass(frozen=True)
-class Jsonl:
+class Jsonl(Files):
     """Files of JSON lines, plain or packed, each line one document: an object with its text under `field`.
 
     What stands inside a JSON string is the author's text and stays as it is, carriage returns too.
     """
 
-    glob: str
     field: str = "text"
 
     def __post_init__(self):
-        local_path("data.source", self.glob)
+        super().__post_init__()
         _check_field(self.field)
 
     def documents(self) -> Iterator[Document]:
@@ -98,9 +87,6 @@ class Jsonl:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"data: got a line that is not JSON at {printable(key)} ({error})") from error
         return text_of(record, self.field, printable(key))
-
-    def identity(self) -> str:
-        return sizes(matching_files("data.source", self.glob))
 
 
 def _check_field(field: str) -> None:
@@ -123,22 +109,18 @@ def _row_text(rows: records.Rows, index: int, field: str, key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(Files):
     """Parquet files, each row one document with its text in the column `field`."""
 
-    glob: str
     field: str = "text"
 
     def __post_init__(self):
-        local_path("data.source", self.glob)
+        super().__post_init__()
         _check_field(self.field)
 
     def documents(self) -> Iterator[Document]:
         for name, path in matching_files("data.source", self.glob):
             yield from _rows(name, path, self.field)
-
-    def identity(self) -> str:
-        return sizes(matching_files("data.source", self.glob))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from smdlm.data import corpus
 from smdlm.data.config import DataConfig
+from smdlm.data.documents import Document, NoText, Source
 from smdlm.data.readers import printable
-from smdlm.data.sources import Document, NoText, Source
 from smdlm.data.vocabulary import Tokenizer
 
 

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import numpy as np
 
 from smdlm.data.lab import Law, Markov, Sums, symbols_of
@@ -191,15 +189,11 @@ class LabLikelihood(Likelihood):
 
     def _ideal(self, law: Law, subject: Subject) -> np.ndarray:
         """Weighted nats [N] of the true tokens under the true conditionals."""
-        objective, sums, seen = subject.objective, [], 0
-        for batch in subject.batches(self.blocks, self.batch_size):
-            real = np.asarray(batch["valid"])
-            placed: dict[str, Any] = {**batch, "number": np.arange(seen, seen + len(real), dtype=np.int32)}
-            seen += len(real)
+        objective, sums = subject.objective, []
+        for batch, real, placed in self.numbered(subject):
             symbols, draws = symbols_of(law, np.asarray(batch["tokens"])[real]), []
-            for draw in range(self.draws):
-                key = jax.random.fold_in(jax.random.key(self.seed), draw)
-                example = objective.corrupt_by_number(key, subject.place(placed))
+            for key in self.keys:
+                example = objective.corrupt_by_number(key, placed)
                 masked = fetch(example.canvas)[real] == objective.denoiser.mask_id
                 weights = fetch(example.weights)[real] * float(counted(batch).sum())
                 p = np.take_along_axis(law.posterior(symbols, masked), symbols[:, :, None], axis=2)[:, :, 0]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,6 +80,22 @@ class Likelihood:
             values["gain_nats_per_token"] = Ratio.of(gain, lengths, "nats/token", label)
         return values
 
+    @property
+    def keys(self) -> list[jax.Array]:
+        """Of the noise, one for each draw."""
+        return [jax.random.fold_in(jax.random.key(self.seed), draw) for draw in range(self.draws)]
+
+    def numbered(self, subject: Subject) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray, Any]]:
+        """(batch, which of its rows are blocks [B] bool, the batch on the devices with the 'number' of each block).
+
+        A block's noise belongs to its number: it is the same in every batch size.
+        """
+        seen = 0
+        for batch in subject.batches(self.blocks, self.batch_size):
+            numbers = np.arange(seen, seen + len(batch["valid"]), dtype=np.int32)
+            seen += len(numbers)
+            yield batch, np.asarray(batch["valid"]), subject.place({**batch, "number": numbers})
+
     def blockwise(self, subject: Subject) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """({estimate: nll [N], nats}, bytes [N], tokens [N]) of N validation blocks, f64."""
         objective = subject.objective
@@ -88,21 +104,14 @@ class Likelihood:
         estimators = _estimators(objective, self.chain)
         sums: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
         sizes, lengths = [], []
-        keys = [jax.random.fold_in(jax.random.key(self.seed), draw) for draw in range(self.draws)]
-        seen = 0
-        for batch in subject.batches(self.blocks, self.batch_size):
-            real = np.asarray(batch["valid"])
-            # A block's noise belongs to the block: it is the same in every batch size.
-            numbers = np.arange(seen, seen + len(real), dtype=np.int32)
-            seen += len(real)
+        for batch, real, placed in self.numbered(subject):
             # The AR model is given the first token of a block: it is neither predicted nor counted.
             scored = objective.predicted(batch) if isinstance(objective, NextToken) else batch
             counts = np.asarray(counted(scored))[real]
             sizes.append((subject.token_bytes[scored["tokens"][real]] * counts).sum(1))
             lengths.append(counts.sum(1))
-            placed = subject.place({**batch, "number": numbers})
             for name, fn in estimators.items():
-                draws = [fetch(fn(subject.params, key, placed)) for key in keys]
+                draws = [fetch(fn(subject.params, key, placed)) for key in self.keys]
                 sums[name].append(np.mean(draws, axis=0)[real])
         if not sizes:
             raise ValueError("evaluation: got no validation block, wanted at least one")

@@ -36,13 +36,10 @@ class DecodingSteps(Likelihood):
             )
         readings = _readings(subject.objective.bound, self.chain)
         sums: dict[str, list[np.ndarray]] = {name: [] for name in readings}
-        masked, seen, key = [], 0, jax.random.fold_in(jax.random.key(self.seed), 0)
-        for batch in subject.batches(self.blocks, self.batch_size):
-            real = np.asarray(batch["valid"])
-            placed = subject.place({**batch, "number": np.arange(seen, seen + len(real), dtype=np.int32)})
-            seen += len(real)
+        masked = []
+        for _, real, placed in self.numbered(subject):
             for name, read in readings.items():
-                _, nll, count = map(fetch, read(subject.params, key, placed))
+                _, nll, count = map(fetch, read(subject.params, self.keys[0], placed))
                 sums[name].append(nll[:, real])
             masked.append(count[:, real])
         nll = {name: np.concatenate(parts, axis=1).astype(np.float64) for name, parts in sums.items()}

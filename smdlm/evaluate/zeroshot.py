@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from smdlm.data.detokenise import RULES, detokenise
+from smdlm.data.documents import NoText, Source
 from smdlm.data.packing import Packer
-from smdlm.data.sources import NoText, Source, make_source
+from smdlm.data.sources import make_source
 from smdlm.data.vocabulary import Tokenizer
 
 GROUP = 1000  # documents

@@ -19,6 +19,7 @@ from smdlm.describe import training_flops
 from smdlm.evaluate.base import Value, weights
 from smdlm.experiment.restoring import check_vocabulary, described, frozen_base, init_source, load_weights
 from smdlm.experiment.sampling import (
+    Sampled,
     described_weights,
     evaluate,
     prompt_ids,
@@ -89,24 +90,34 @@ def train(experiment: Experiment, workdir: Path, checkpointer: Checkpointer, met
     writer.samples(f"step_{config.updates:08d}", sample_records(experiment, sampled))
     gate = experiment.denoiser.softmask.gate if experiment.denoiser.softmask else None
     writer.curves(values, gate.labels if gate else {})
-    readable = experiment.denoiser.omega(state.params)
     summary = {
-        "steps": config.updates,
         "wall_s": seconds(),
         "tokens_per_s": tokens_per_s or None,
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        **{name: float(value) for name, value in readable.items()},
-        "omega": {gate.labels[name]: float(value) for name, value in readable.items()},
-        "evaluated": f"validation, fixed masks, {described_weights(config.eval.omega)}",
-        **{f"val_{name}": value.mean for name, value in values.items()},
-        "values": {name: value.plain() for name, value in values.items()},
-        "forwards_per_sample": sampled.forwards,
-        "samples": sampled.texts[:3],
+        **_summary(experiment, state, values, sampled),
     }
     writer.summary(summary)
     writer.close()
     write_viewer(experiment, params)  # last, for a folder that cannot be written
     return summary
+
+
+def _summary(
+    experiment: Experiment, state: TrainState, values: Mapping[str, Value], sampled: Sampled
+) -> dict[str, Any]:
+    """What summary.json says of the end of a run, but for its times."""
+    gate = experiment.denoiser.softmask.gate if experiment.denoiser.softmask else None
+    readable = experiment.denoiser.omega(state.params)
+    return {
+        "steps": experiment.config.updates,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        **{name: float(value) for name, value in readable.items()},
+        "omega": {gate.labels[name]: float(value) for name, value in readable.items()},
+        "evaluated": f"validation, fixed masks, {described_weights(experiment.config.eval.omega)}",
+        **{f"val_{name}": value.mean for name, value in values.items()},
+        "values": {name: value.plain() for name, value in values.items()},
+        "forwards_per_sample": sampled.forwards,
+        "samples": sampled.texts[:3],
+    }
 
 
 @dataclasses.dataclass(frozen=True)

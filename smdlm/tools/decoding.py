@@ -196,9 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.count:
         rows = {name: rows[name] | row for name, row in measured(made, args.repeats).items()}
     columns = list(next(iter(rows.values())))
-    print(f"{'cache':22}" + "".join(f"{column.replace('_', ' '):>28}" for column in columns))
+    print(f"{'cache':22}" + "".join(f"  {column.replace('_', ' '):>12}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:22}" + "".join(f"{row[column]:28.2f}" for column in columns))
+        print(f"{name:22}" + "".join(f"  {row[column]:{max(12, len(column))}.2f}" for column in columns))
     if args.json:
         write_json(args.json, rows)
 
