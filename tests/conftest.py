@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax starts: the numbers below are compared in f32, which an accelerator's default matmul precision is not.
@@ -17,6 +18,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if not os.environ.get("SMDLM_GOLDEN"):
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     quick += " --xla_cpu_multi_thread_eigen=false"  # products are tiny, and other tests run on the other cores
+    # These emitters take most of the time of a compilation. Later versions end at a flag that they do not know.
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp("_smdlm")
