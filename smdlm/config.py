@@ -290,6 +290,9 @@ def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ())
     unknown = set(config) - set(SECTIONS) - {"study"}  # that is for smdlm/study.py
     if unknown:
         raise ValueError(f"config: got section {sorted(unknown)}, wanted {', '.join(SECTIONS)}")
+    for name in set(config) & set(SECTIONS):
+        if not isinstance(config[name], (Mapping, ml_collections.ConfigDict)):
+            raise ValueError(f"config.{name}: got {config[name]!r}, wanted a section of fields: config.{name}.FIELD")
     given = {name: dict(config[name]) if name in config else {} for name in SECTIONS}
     if "k" in given["readout"]:
         raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")
