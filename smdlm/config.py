@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from smdlm.data.config import KINDS, DataConfig
+from smdlm.data.config import KINDS, DataConfig, check_seed
 from smdlm.data.conversations import Chat
 from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
@@ -114,6 +114,7 @@ class SamplingConfig:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
         check_fields(self.steps, self.feedback_source, self.refresh)
         check_omega("sampling.omega", self.omega)
+        check_seed("sampling.seed", self.seed)
         if self.viewer:
             check_path("sampling.viewer", self.viewer)
         _ = self.filters
