@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,19 +112,26 @@ def run(
             raise
 
     def guarded(argv: Sequence[str]) -> None:
-        try:
+        with told():
             main(*argv[1:])
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            if not is_users(error):
-                raise
-            fail(error)
 
     plain_output()
     define_flags()
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Ends a program by one line where a user's mistake, or Ctrl-C, ends what it does: exit status 2, or 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        fail(error)
 
 
 def _at_home(argument: str) -> str:

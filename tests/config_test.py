@@ -502,3 +502,24 @@ def test_a_flag_of_the_wrong_type_is_told_in_our_words(given, wanted):
     with pytest.raises(flags.IllegalFlagValueError) as error:
         values(["program", given])
     assert command.message(error.value) == wanted
+
+
+@pytest.mark.parametrize(
+    "raised, status, line",
+    [
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (ValueError("a: got b, wanted c"), 2, "error: a: got b, wanted c"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_program_ends_by_one_line(capsys, raised, status, line):
+    with pytest.raises(SystemExit) as end:
+        with command.told():
+            raise raised
+    assert end.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        with command.told():
+            raise ZeroDivisionError
