@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def run(
         argv = [_at_home(arg) for arg in argv]
         try:
             if not (takes_results := reads_results(argv)):
-                check_config_file(argv)
+                check_config_given(argv)
             flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind arguments
             rest = flags.FLAGS(argv)
             if len(rest) > 1 and not takes_results:
@@ -111,19 +112,26 @@ def run(
             raise
 
     def guarded(argv: Sequence[str]) -> None:
-        try:
+        with told():
             main(*argv[1:])
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            if not is_users(error):
-                raise
-            fail(error)
 
     plain_output()
     define_flags()
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Ends a program by one line where a user's mistake, or Ctrl-C, ends what it does: exit status 2, or 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        fail(error)
 
 
 def _at_home(argument: str) -> str:
@@ -148,9 +156,28 @@ def fail(error: BaseException) -> None:
     sys.exit(2)
 
 
+# The ends of absl's texts for a value of the wrong type, and what is wanted then.
+WRONG_TYPES = {
+    r"invalid literal for int\(\) with base 10: .*": "int",
+    r"could not convert string to float: .*": "float",
+    r"\('Non-boolean argument to boolean flag', .*\)": "true or false",
+    r"value should be one of <(.*)>": "one of {}",
+    r"-?\d+ is not (an? .*)": "{}",
+    r"Failed to parse .* as a ConfigDict: .*": "--config.SECTION.FIELD=VALUE",
+}
+
+
 def message(error: BaseException) -> str:
-    """The error's text; of a KeyError, whose text is the repr of it, on one line."""
-    return " ".join(str(error.args[0]).split()) if isinstance(error, KeyError) and error.args else str(error)
+    """The error's text; of a KeyError, whose text is the repr of it, on one line; absl's in the words of ours."""
+    if isinstance(error, KeyError) and error.args:
+        return " ".join(str(error.args[0]).split())
+    if isinstance(error, flags.IllegalFlagValueError):
+        for end, wanted in WRONG_TYPES.items():
+            if found := re.fullmatch(rf"flag --([\w.]+)=(.*?): {end}", str(error), re.DOTALL):
+                name, value, *choices = found.groups()
+                name = name if name.startswith("config.") else f"--{name}"
+                return f"{name}: got {value!r}, wanted {wanted.format(*(c.replace('|', ', ') for c in choices))}"
+    return str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------ configs
@@ -165,6 +192,23 @@ def define_config() -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Experiment, e.g. configs/tiny.py.", lock_config=False, accept_new_attributes=True
     )
+    flags.FLAGS["config"].parser = _FileParser()
+
+
+class _FileParser(flags.ArgumentParser):
+    """Reads --config=FILE as `load_config` does, with room for the sections that only the command line gives."""
+
+    def parse(self, path: str) -> ConfigDict:
+        """The file's config. flags.Error, because absl puts words of its own before the text of a ValueError."""
+        try:
+            config = load_config(path)
+        except (OSError, ValueError) as error:
+            raise flags.Error(str(error)) from error
+        given = (re.match(r"--?(?:no)?config\.(\w+)\.", argument) for argument in sys.argv)
+        for section in [match[1] for match in given if match]:
+            if section not in config:
+                config[section] = ConfigDict()
+        return config
 
 
 def define_processes() -> None:
@@ -224,8 +268,8 @@ def again(*changes: str) -> str:
     return shlex.join(["python", "-m", "smdlm.main", *kept, *changes])
 
 
-def load_config(path: str | os.PathLike) -> Any:
-    """The ConfigDict of a file, for commands and programs without --config.
+def load_config(path: str | os.PathLike) -> ConfigDict:
+    """The ConfigDict of a file.
 
     Raises:
       FileNotFoundError, ValueError: one line; whatever the file does wrong.
@@ -238,11 +282,15 @@ def load_config(path: str | os.PathLike) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        config = module.get_config()
     except Exception as error:  # whatever the file does
+        raise ValueError(f"--config: got {path} ({one_line(error)}), wanted a Python file with get_config()") from error
+    if not isinstance(config, ConfigDict):
         raise ValueError(
-            f"--config: got {path} ({type(error).__name__}: {error}), wanted a Python file with get_config()"
-        ) from error
+            f"--config: got {path}, whose get_config() returns {type(config).__name__}, wanted an "
+            "ml_collections.ConfigDict"
+        )
+    return config
 
 
 def reads_results(argv: Sequence[str]) -> bool:
@@ -257,15 +305,10 @@ def given_as(flag: str, argv: Sequence[str]) -> list[str]:
     return [value or following for (name, _, value), following in pairs if name in (f"--{flag}", f"-{flag}")]
 
 
-def check_config_file(argv: Sequence[str]) -> None:
-    """ValueError without a config file that exists; before ml_collections fails with a text that does not name it."""
-    given = given_as("config", argv)
-    if any(flag.startswith("--help") for flag in argv):
-        return
-    if not given or not Path(given[-1].partition(":")[0]).is_file():
-        got = given[-1] if given else "nothing"
-        raise ValueError(f"--config: got {got}, wanted a Python file, e.g. --config=configs/tiny.py")
-    _let_import_neighbours(Path(given[-1].partition(":")[0]))
+def check_config_given(argv: Sequence[str]) -> None:
+    """ValueError without --config=FILE; what is wrong with the file is told when the flag is read."""
+    if not given_as("config", argv) and not any(flag.startswith("--help") for flag in argv):
+        raise ValueError("--config: got nothing, wanted a Python file, e.g. --config=configs/tiny.py")
 
 
 def _let_import_neighbours(file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from smdlm.data.config import KINDS, DataConfig
+from smdlm.data.config import KINDS, DataConfig, check_seed
 from smdlm.data.conversations import Chat
 from smdlm.data.sources import own_fields, spelled
 from smdlm.diffusion import LogLinear, TimeSampler
@@ -114,6 +114,7 @@ class SamplingConfig:
             raise ValueError(f"sampling.count: got {self.count}, wanted at least 1")
         check_fields(self.steps, self.feedback_source, self.refresh)
         check_omega("sampling.omega", self.omega)
+        check_seed("sampling.seed", self.seed)
         if self.viewer:
             check_path("sampling.viewer", self.viewer)
         _ = self.filters
@@ -290,6 +291,9 @@ def read(config: ml_collections.ConfigDict, given_by_user: Collection[str] = ())
     unknown = set(config) - set(SECTIONS) - {"study"}  # that is for smdlm/study.py
     if unknown:
         raise ValueError(f"config: got section {sorted(unknown)}, wanted {', '.join(SECTIONS)}")
+    for name in set(config) & set(SECTIONS):
+        if not isinstance(config[name], (Mapping, ml_collections.ConfigDict)):
+            raise ValueError(f"config.{name}: got {config[name]!r}, wanted a section of fields: config.{name}.FIELD")
     given = {name: dict(config[name]) if name in config else {} for name in SECTIONS}
     if "k" in given["readout"]:
         raise ValueError("config.readout.k: got a second value, wanted softmask.k alone")

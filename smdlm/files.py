@@ -180,13 +180,16 @@ def owned(folder: Path, what: str) -> Iterator[None]:
     the lock is an object with signs of life (`buckets.leased`).
 
     Raises:
-      ValueError: another process has it; names its pid and host. what: the flag, for the line.
+      ValueError: another process has it (names its pid and host), or it can not be made. what: the flag, for the line.
     """
     if is_url(folder):
         with buckets.leased(folder / LOCK, lambda owner: _taken(what, folder, owner)):
             yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what}: got {folder} ({error.strerror}), wanted a folder that can be written") from error
     file = _locked(folder, what)
     try:
         yield

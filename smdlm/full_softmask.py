@@ -41,7 +41,7 @@ class FullSoftMask(SoftMask):
     def __post_init__(self):
         super().__post_init__()
         if not self.temperature > 0:
-            raise ValueError(f"softmask temperature: got {self.temperature}, wanted > 0")
+            raise ValueError(f"softmask.temperature: got {self.temperature}, wanted > 0")
         if not 0 < self.nucleus <= 1:
             raise ValueError(f"softmask.nucleus: got {self.nucleus}, wanted 0 < nucleus <= 1")
 

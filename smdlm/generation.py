@@ -65,7 +65,7 @@ def read_prompts(file: str | None, tokenizer: Tokenizer, seed: int) -> list[Prom
         raise ValueError("--prompts: got nothing, wanted a file of prompts: --prompts=FILE.jsonl")
     path = local_path("--prompts", file)
     prompts: list[Prompt] = []
-    for number, line in read_records(path):
+    for number, line in read_records(path, "--prompts"):
         where = f"{printable(path)}:{number}"
         prompts.append(parse(_object(line, where), tokenizer, (seed + len(prompts)) % 2**32, where))
     if not prompts:

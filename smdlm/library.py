@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from smdlm import command, experiment
 from smdlm.build import Experiment, assemble, make_sampler
 from smdlm.config import Config, read
 from smdlm.data.chat import Messages
+from smdlm.data.config import check_seed
 from smdlm.data.kept import load_tokenizer, tokenizer_of_run
 from smdlm.data.vocabulary import Tokenizer
 from smdlm.denoiser import Denoiser
 from smdlm.evaluate.base import NORMAL_95, Subject, Value
 from smdlm.evaluate.likelihood import LABELS, Likelihood
-from smdlm.files import local_path, path_of
+from smdlm.files import local_path, path_of, workdir_of
 from smdlm.io import released, viewer
 from smdlm.io.viewer import Page
 from smdlm.mesh.rules import MeshConfig
@@ -31,6 +32,20 @@ from smdlm.sampling.trace import Trace
 
 BLANK = "____"
 OF_GENERATE = {field.name for field in dataclasses.fields(GenerateConfig)}
+# Fields that a method would ignore, and what they are for.
+ELSEWHERE = {
+    "sample": dict.fromkeys(OF_GENERATE, "generate([prompt], ..) for it"),
+    "infill": {
+        **dict.fromkeys(OF_GENERATE, "generate([{'prompt': 'Return [MASK].', 'tokens': 8}], ..) for it"),
+        "prompt": "it in the text itself",
+        "viewer": "none: watch(path, prompt) shows a run",
+    },
+    "generate": {
+        "prompt": "it in the list of prompts",
+        "count": "a prompt in the list for each answer",
+        "viewer": "none: watch(path, prompt, new_tokens=..) shows a run",
+    },
+}
 CONTEXT = 2048  # tokens that a converted decoder, whose positions have no end, is shown at once
 
 
@@ -46,7 +61,9 @@ def load(workdir: str | Path, config: str | Path | None = None, changes: Mapping
     Raises:
       FileNotFoundError, ValueError: one line; no checkpoint, no config, another size or vocabulary.
     """
-    workdir = path_of("workdir", workdir)
+    workdir = workdir_of(path_of("workdir", workdir))
+    if not isinstance(changes or {}, Mapping):
+        raise ValueError(f"load: got changes {changes!r}, wanted {{'section.field': value}}")
     if (folder := released.find(workdir)) is not None:
         return _load_released(folder, config, changes or {})
     checkpointer = experiment.checkpointer_of(workdir)
@@ -131,10 +148,10 @@ class Trained:
       settings: the config, by sections.
     """
 
-    experiment: Experiment
-    params: Any
+    experiment: Experiment = dataclasses.field(repr=False)
+    params: Any = dataclasses.field(repr=False)
     step: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(repr=False)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -155,6 +172,7 @@ class Trained:
         sampling: fields of config.sampling (steps, policy and its parameters, temperature, top_p, ...); what is not
         given is as the run was configured.
         """
+        _refuse("sample", sampling)
         changed = self._sampling(prompt=prompt, count=count, seed=seed, **sampling)
         with jax.set_mesh(self.experiment.mesh):
             if sampling.get("viewer"):
@@ -173,14 +191,11 @@ class Trained:
             raise ValueError("infill: got a causal (AR) model, wanted a diffusion model: it writes left to right only")
         if not isinstance(text, str) or not isinstance(blank, str) or not blank:
             raise ValueError(f"infill: got text {text!r} and blank {blank!r}, wanted two strings")
-        if "prompt" in sampling:
-            raise ValueError("infill: got a prompt, wanted it in the text itself")
-        if "viewer" in sampling:
-            raise ValueError("infill: got a viewer, wanted none: watch(path, prompt) shows a run")
+        _refuse("infill", sampling)
         pieces = text.split(blank)
         if len(pieces) == 1:
             raise ValueError(f"infill: got no {blank!r} in the text, wanted at least one")
-        if not isinstance(tokens, int) or tokens < 1:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"infill: got tokens={tokens!r}, wanted a whole number, at least 1 per blank")
         holes = np.full(tokens, self.denoiser.mask_id, np.int32)
         parts = [self.tokenizer.encode(pieces[0])]
@@ -216,6 +231,8 @@ class Trained:
         """
         if path is not None:
             viewer.check_path("watch", str(path))
+        if against is not None and not isinstance(against, Trained):
+            raise ValueError(f"watch: got against={against!r}, wanted a model: against=smdlm.load(WORKDIR)")
         if against and (against.tokenizer.fingerprint, against.length) != (self.tokenizer.fingerprint, self.length):
             raise ValueError("watch: got against= with another vocabulary or canvas, wanted the same")
         runs = self._watched(prompt=prompt, seed=seed, **sampling)
@@ -248,8 +265,9 @@ class Trained:
         Raises:
           ValueError: one line; a prompt that is empty or does not fit, an AR model.
         """
-        if isinstance(prompts, (str, Mapping)):
+        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
             raise ValueError(f"generate: got {prompts!r}, wanted a list of prompts")
+        check_seed("generate: seed", seed)
         records = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
         return self.answer(
             [parse(x, self.tokenizer, (seed + i) % 2**32, f"prompt {i + 1}") for i, x in enumerate(records)], **fields
@@ -265,6 +283,7 @@ class Trained:
 
     def generator(self, **fields: Any) -> Generator:
         """What answers prompts with these fields; its `batches` say what does not fit before anything is computed."""
+        _refuse("generate", fields)
         return experiment.make_generator(self._sampling(**fields))
 
     def chat(self, messages: str | Messages, *, prefix: str = "", stop: Sequence[str] = (), **fields: Any) -> str:
@@ -275,6 +294,8 @@ class Trained:
           prefix: how the turn begins; it is a part of the answer. stop: texts that end it.
           fields: as in `generate`.
         """
+        if not isinstance(messages, Iterable) or isinstance(messages, Mapping):
+            raise ValueError(f"chat: got {messages!r}, wanted a text, or a list of messages")
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         record = {"messages": turns, "prefix": prefix, "stop": list(stop)}
         return prefix + self.generate([record], **fields).answers[0].text
@@ -288,8 +309,12 @@ class Trained:
         Raises:
           ValueError: an empty text.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise ValueError(f"score: got {texts!r}, wanted a list of strings")
+        texts = list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"score: got {wrong[0]!r}, wanted a list of strings")
+        check_seed("score: seed", seed)
         if any(not text for text in texts):
             raise ValueError("score: got an empty text, wanted at least one character in each")
         if not isinstance(draws, int) or draws < 2:
@@ -325,6 +350,13 @@ class Trained:
         config = dataclasses.replace(self.experiment.config, sampling=config.sampling, generate=config.generate)
         sampler = make_sampler(config, self.denoiser, self.tokenizer.bos_id)
         return dataclasses.replace(self.experiment, config=config, sampler=sampler)
+
+
+def _refuse(method: str, fields: Mapping[str, Any]) -> None:
+    """ValueError for a field that the method would ignore."""
+    for name in fields:
+        if name in ELSEWHERE[method]:
+            raise ValueError(f"{method}: got {name}, wanted {ELSEWHERE[method][name]}")
 
 
 def _per_text(likelihoods: Mapping[str, tuple[np.ndarray, int]], size: int) -> dict[str, Value]:

@@ -98,7 +98,7 @@ class SoftMask:
 
     def __post_init__(self):
         if self.k < 1:
-            raise ValueError(f"softmask k: got {self.k}, wanted at least 1")
+            raise ValueError(f"softmask.k: got {self.k}, wanted at least 1")
 
     def init(self, key: jax.Array | None = None, width: int | None = None) -> Params:
         """Raw f32 parameters, a flat dict: scalars, and what `matrices` lists (boxed, of the embedding's width)."""

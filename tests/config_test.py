@@ -8,7 +8,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 
+from smdlm import command
 from smdlm.build import build
 from smdlm.config import CHOICES, SECTIONS, read
 from smdlm.feedback.gates import ConstantGate, EntropyGate
@@ -453,3 +455,71 @@ def test_shipped_configs_are_read(file):
     spec.loader.exec_module(module)
     assert read(module.get_config()).train.steps > 0
     assert f"--config=configs/{file.name}" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "no attribute 'get_config'"),
+        ("import nosuchmodule", "No module named 'nosuchmodule'"),
+        ("def get_config(): raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        ("def get_config(): return None", "get_config() returns NoneType"),
+        ("def get_config(): return {}", "get_config() returns dict"),
+    ],
+)
+def test_what_a_config_file_does_wrong_is_one_line(tmp_path, content, words):
+    file = tmp_path / "c.py"
+    file.write_text(content)
+    with pytest.raises(ValueError) as error:
+        command.load_config(file)
+    message = str(error.value)
+    assert message.startswith(f"--config: got {file}") and words in message and "\n" not in message
+
+
+def test_a_section_that_is_no_section_is_refused():
+    with pytest.raises(ValueError, match="config.data: got 'x', wanted a section of fields"):
+        read({"data": "x"})
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("--config.steps=1e3", "config.steps: got '1e3', wanted int"),
+        ("--config.rate=1,5", "config.rate: got '1,5', wanted float"),
+        ("--again=maybe", "--again: got 'maybe', wanted true or false"),
+        ("--mode=trian", "--mode: got 'trian', wanted one of train, eval"),
+        ("--nfe=0", "--nfe: got '0', wanted a positive integer"),
+    ],
+)
+def test_a_flag_of_the_wrong_type_is_told_in_our_words(given, wanted):
+    values = flags.FlagValues()
+    flags.DEFINE_integer("config.steps", 1, "", flag_values=values)
+    flags.DEFINE_float("config.rate", 1.0, "", flag_values=values)
+    flags.DEFINE_bool("again", False, "", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "", flag_values=values)
+    flags.DEFINE_integer("nfe", 1, "", lower_bound=1, flag_values=values)
+    with pytest.raises(flags.IllegalFlagValueError) as error:
+        values(["program", given])
+    assert command.message(error.value) == wanted
+
+
+@pytest.mark.parametrize(
+    "raised, status, line",
+    [
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (ValueError("a: got b, wanted c"), 2, "error: a: got b, wanted c"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_program_ends_by_one_line(capsys, raised, status, line):
+    with pytest.raises(SystemExit) as end:
+        with command.told():
+            raise raised
+    assert end.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        with command.told():
+            raise ZeroDivisionError

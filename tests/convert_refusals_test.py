@@ -49,6 +49,15 @@ def test_not_a_checkpoint(tmp_path, capsys, case):
     )
 
 
+def test_what_is_not_there(tmp_path, capsys):
+    """A name of the hub is no folder here, and the line says how it becomes one."""
+    told = refused(capsys, tmp_path / "run", "import", "decoder", "Dream-org/Dream-v0-Instruct-7B", tmp_path / "run")
+    assert "got no folder Dream-org/Dream-v0-Instruct-7B" in told and "hf download" in told
+    pytest.importorskip("gguf")
+    told = refused(capsys, tmp_path / "run", "import", "gguf", tmp_path / "no.gguf", tmp_path / "run")
+    assert f"got no readable {tmp_path / 'no.gguf'} (No such file or directory), wanted a GGUF file" in told
+
+
 def test_truncated_and_damaged(tmp_path, capsys, checkpoint):
     data = checkpoint.read_bytes()
     bad = tmp_path / "bad.ckpt"

@@ -54,6 +54,7 @@ def test_links_lead_somewhere(page):
             continue
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), link
+        assert page.parent != DOCS or file.is_relative_to(DOCS), f"{link}: the site has nothing outside of docs/"
         if anchor and not anchor.startswith("smdlm."):
             assert anchor in anchors(file), f"{link}: {sorted(anchors(file))}"
 

@@ -69,6 +69,10 @@ def test_a_folder_has_one_writer_and_a_dead_one_does_not_count(tmp_path):
     with files.owned(tmp_path / "empty", "--workdir"):
         pass
     assert not (tmp_path / "empty").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out: got .*file .File exists., wanted a folder that can be written"):
+        with files.owned(tmp_path / "file", "--out"):
+            pass
 
 
 @pytest.mark.parametrize("encoding, shown", [("ascii", "3 +- 1 omega \\u4e2d"), ("latin-1", "3 ± 1 omega \\u4e2d")])

@@ -146,7 +146,7 @@ def test_fields_change_the_step(folder, name):
     "changes, message",
     [
         ({"train__init_from": ""}, "train.init_from: got '' with adapter.kind 'dora'"),
-        ({"adapter__targets": "qkv, up"}, "lora.targets: got .' up'., wanted some of"),
+        ({"adapter__targets": "qkv, up"}, "adapter.targets: got .' up'., wanted some of"),
         ({"adapter__rank": 0}, "got rank 0"),
         ({"adapter__alpha": 0.0}, "alpha 0.0"),
         ({"adapter__kind": "full"}, "adapter.kind: got 'full', wanted one of 'none', 'lora', 'dora', 'softmask'"),

@@ -74,14 +74,16 @@ def test_prompts_holes_suffixes_and_chats(tokenizer):
         ({}, "wanted either 'prompt' or 'messages'"),
         ({"prompt": "a", "messages": []}, "wanted either"),
         ({"prompt": ""}, "got an empty prompt, wanted at least one character"),
-        ({"prompt": 5}, "got 'prompt': 5, wanted fields of"),
+        ({"prompt": 5}, "got 'prompt': 5, wanted a text"),
+        ({"prompt": "a", "stop": "b"}, "got 'stop': 'b', wanted a list"),
+        ({"prompt": "a", "id": []}, "got 'id': .., wanted a text or a whole number"),
         ({"prompt": "a", "token": 5}, "got 'token': 5, wanted fields of prompt, suffix"),
         ({"prompt": "a", "tokens": 5}, r"got 'tokens' without \[MASK\] or 'suffix'"),
         ({"prompt": "a", "suffix": "b"}, "wanted 'tokens' for what lies before it"),
         ({"prompt": "a[MASK]", "suffix": "b", "tokens": 1}, "wanted 'tokens' for what lies before it"),
         ({"prompt": "[MASK]", "tokens": 0}, "got 'tokens': 0, wanted 1 to"),
         ({"prompt": "a", "seed": -1}, "got 'seed': -1, wanted 0 to"),
-        ({"prompt": "a", "seed": True}, "got 'seed': True"),
+        ({"prompt": "a", "seed": True}, "got 'seed': True, wanted a whole number"),
         ({"prompt": "a", "stop": [""]}, "wanted a list of texts"),
         ({"prompt": "a", "prefix": "b"}, "wanted it in the prompt itself"),
         ({"prompt": "a\ud800"}, "wanted Unicode text"),
@@ -117,7 +119,7 @@ def test_a_file_of_prompts(tokenizer, tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_prompts(str(file), tokenizer, 0)
-    for file, message in ((None, "--prompts: got nothing"), (str(tmp_path / "no"), "got an unreadable")):
+    for file, message in ((None, "--prompts: got nothing"), (str(tmp_path / "no"), "--prompts: got an unreadable")):
         with pytest.raises(ValueError, match=message):
             read_prompts(file, tokenizer, 0)
 

@@ -16,6 +16,7 @@ from smdlm.build import build
 from smdlm.config import read
 from smdlm.convert import decoder
 from smdlm.convert.folders import import_weights
+from smdlm.io.viewer import Page
 from smdlm.models.decoder import Decoder
 from smdlm.objective import Example
 
@@ -132,7 +133,7 @@ def test_what_cannot_be_watched_is_one_line(model, causal):
         (lambda: causal.watch(), "watch: got a causal .AR. model, wanted a diffusion model"),
         (lambda: causal.sample(viewer="x.html"), "sampling.viewer: got 'x.html' for the causal .AR. model, wanted ''"),
         (lambda: model.sample(viewer="x.png"), "sampling.viewer: got 'x.png', wanted a file that ends in"),
-        (lambda: model.infill("a ____", viewer="x.html"), "infill: got a viewer, wanted none"),
+        (lambda: model.infill("a ____", viewer="x.html"), "infill: got viewer, wanted none"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -182,12 +183,33 @@ def test_wrong_kinds_of_arguments_are_one_line(model):
         (lambda: model.infill(None), "infill: got text None"),
         (lambda: model.infill("a ____", blank=""), "wanted two strings"),
         (lambda: model.infill("a ____", tokens="3"), "infill: got tokens='3', wanted a whole number"),
-        (lambda: model.infill("a ____", prompt="b"), "infill: got a prompt, wanted it in the text itself"),
+        (lambda: model.infill("a ____", tokens=True), "infill: got tokens=True, wanted a whole number"),
+        (lambda: model.infill("a ____", prompt="b"), "infill: got prompt, wanted it in the text itself"),
+        (lambda: model.infill("a ____", new_tokens=4), "infill: got new_tokens, wanted generate"),
+        (lambda: model.sample("a", new_tokens=4), "sample: got new_tokens, wanted generate"),
+        (lambda: model.sample("a\ud800"), "got 'a.ud800', wanted Unicode text"),
+        (lambda: model.sample(seed=2**32), "sampling.seed: got 4294967296, wanted 0 <= seed"),
+        (lambda: model.generate(["a"], prompt="b"), "generate: got prompt, wanted it in the list"),
+        (lambda: model.generate(["a"], count=2), "generate: got count, wanted a prompt in the list for each"),
+        (lambda: model.generate(None), "generate: got None, wanted a list of prompts"),
+        (lambda: model.generate(["a"], seed="1"), "generate: seed: got '1', wanted 0 <= seed"),
+        (lambda: model.chat(3), "chat: got 3, wanted a text, or a list of messages"),
+        (lambda: model.chat({"role": "user"}), "chat: got {'role': 'user'}, wanted a text"),
+        (lambda: model.score(None), "score: got None, wanted a list of strings"),
+        (lambda: model.score(["x"], seed=-1), "score: seed: got -1, wanted 0 <= seed"),
+        (lambda: model.watch(against="runs/binary"), "watch: got against='runs/binary', wanted a model"),
+        (lambda: model.tokenizer.encode(3), "got 3, wanted a text"),
+        (lambda: smdlm.load("miniature", changes="data.seq_len=2"), "load: got changes 'data.seq_len=2', wanted {"),
         (lambda: model.infill("a ____", seed="a"), "config.sampling.seed: got 'a', wanted int"),
         (lambda: smdlm.load(None), "workdir: got None, wanted a path"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_model_and_a_page_are_shown_in_a_line(model):
+    """A notebook and a shell print what the last line of a cell gives: not a million weights, not a page of HTML."""
+    assert repr(model) == "Trained(step=12)" and repr(Page("<html>")) == "Page()"
 
 
 def test_scores_are_labelled_and_belong_to_the_text(model):
@@ -196,7 +218,7 @@ def test_scores_are_labelled_and_belong_to_the_text(model):
     scores = model.score([short, long], draws=4)
     names = {f"{unit}_{name}" for unit in ("bits_per_byte", "nats_per_token") for name in ("one_pass", "two_pass")}
     assert names <= set(scores[0]) and scores[0]["bits_per_byte_one_pass"].label == "one pass (no feedback)"
-    assert model.score([short], draws=4)[0] == scores[0]
+    assert model.score((text for text in [short]), draws=4)[0] == scores[0]
     for value in scores[1].values():
         assert 0 < value.mean and 0 < value.interval
     for texts, draws in (([""], 4), (["x"], 1)):
@@ -247,7 +269,7 @@ def test_a_converted_decoder_describes_itself(tmp_path, softmask):
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**decoder.config_of(network, rows), "mask_token_id": 259}))
     import_weights("decoder", folder, tmp_path / "run", softmask)
-    found = smdlm.load(tmp_path / "run")
+    found = smdlm.load(tmp_path / "run" / "checkpoints")  # or the workdir itself
     assert found.denoiser.mask_id == 259 and len(found.params["softmask"]) == {None: 3, "full": 4, "none": 0}[softmask]
     assert not found.experiment.sampler.use_feedback
     assert found.denoiser(found.params, found.tokenizer.encode("abc")[None]).shape == (1, 3, 16)

@@ -157,9 +157,9 @@ def test_flops_are_those_of_the_forward():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"targets": ("q", "qkv")}, "lora.targets: got .'qkv'., wanted some of attention_out, down, gate"),
-        ({"targets": ()}, "lora.targets: got none"),
-        ({"rank": 0}, "lora: got rank 0"),
+        ({"targets": ("q", "qkv")}, "adapter.targets: got .'qkv'., wanted some of attention_out, down, gate"),
+        ({"targets": ()}, "adapter.targets: got none"),
+        ({"rank": 0}, "adapter: got rank 0"),
         ({"alpha": 0.0}, "alpha 0.0, wanted rank >= 1 and alpha > 0"),
     ],
 )
@@ -213,7 +213,7 @@ def test_an_adapter_of_another_rank_or_base_is_refused(saved):
         ({"use_rslora": True}, "got use_rslora True, wanted False"),
         ({"target_modules": ["lm_head"]}, "got target_modules .'lm_head'., wanted a list of q_proj"),
         ({"target_modules": "all-linear"}, "got target_modules 'all-linear'"),
-        ({"r": 0}, "got lora: got rank 0"),
+        ({"r": 0}, "got adapter: got rank 0"),
     ):
         with pytest.raises(FileError, match=message):
             with_config(**changes)

@@ -135,12 +135,14 @@ def test_help_is_a_page_and_show_names_what_differs(tmp_path):
     assert len(lines) < 60 and max(map(len, lines)) <= 120
     for mode in command_lib.MODES:
         assert sum(line.startswith(f"  {mode} ") for line in lines) == 1, mode
-    done = call(tmp_path / "run", "--mode=show", "--config.sampling.policy=entropy")
+    # adapter is a section that the file does not have
+    done = call(tmp_path / "run", "--mode=show", "--config.sampling.policy=entropy", "--config.adapter.rank=4")
     assert done.returncode == 0 and not (tmp_path / "run").exists()
     rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
     assert ["*", "width", "16", "<- command line; the file has 128"] in rows
     assert ["*", "policy", "'entropy'", "<- command line; the file has 'remdm_cap'"] in rows
     assert ["*", "source", f"'{source(tmp_path / 'run')}'", "<- command line; the file has 'stdlib:prose'"] in rows
+    assert ["*", "rank", "4", "<- command line; the file has 16"] in rows
     assert ["name", "'dit'", "(default)"] in rows and ["scale", "0.12"] in rows
     assert done.stdout.startswith(f"{sum(row[:1] == ['*'] for row in rows)} fields other than in the file")
 

@@ -89,9 +89,10 @@ def test_what_can_not_be_released_or_loaded_is_one_line(run, folder, tmp_path, c
     (copy / released.WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="weights.safetensors: got an unreadable file .*wanted weights"):
         smdlm.load(copy)
-    (copy / released.RUN).write_text("{")
-    with pytest.raises(ValueError, match="run.json: got an unreadable file"):
-        smdlm.load(copy)
+    for content, cause in (("{", "JSONDecodeError"), ("{}", "no config, step, tokenizer"), ("[]", "no object")):
+        (copy / released.RUN).write_text(content)
+        with pytest.raises(ValueError, match=f"run.json: got an unreadable file .*{cause}"):
+            smdlm.load(copy)
 
 
 @pytest.mark.skipif(not released.names(), reason="no model stands in smdlm/released")

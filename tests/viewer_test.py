@@ -472,11 +472,26 @@ def test_the_contrast_test_can_fail(browser, file):
     assert [text for _, text in browser(CONTRAST)["found"]] == ["Masks becoming text"]
 
 
+@pytest.mark.parametrize("size", [(1280, 1000), (390, 844)])
+def test_no_sign_of_the_legend_runs_into_its_text(browser, tmp_path, size):
+    """The longest is that of a run with a cache: what it computes between two lines."""
+    viewer.write(tmp_path / "run.html", make_show(runs={"dual cache": make_trace(computed=(2, 8))}))
+    browser.open(tmp_path / "run.html", "step=3", size=size)
+    signs = "[...document.querySelectorAll('#legend li')]"
+    assert "computed" in browser(f"{signs}.map(li => li.textContent).join()")
+    gaps = browser(f"{signs}.map(li => li.children[0].clientWidth - li.children[0].scrollWidth)")
+    assert len(gaps) > 4 and min(gaps) >= 0
+    assert browser("document.documentElement.scrollWidth") <= size[0]
+
+
 def test_on_a_phone_the_numbers_lie_at_the_foot(browser, file):
     browser.open(file, "step=3", size=(390, 844))
     assert browser("getComputedStyle(document.getElementById('place')).display") == "none"
     browser.click('.run.soft .cell[data-at="5"]')
     box = browser("document.getElementById('place').getBoundingClientRect().toJSON()")
     assert box["bottom"] == 844 and 0 < box["height"] < 844 / 2
+    room = "parseFloat(getComputedStyle(document.querySelector('main')).paddingBottom)"
+    assert browser(room) > 300  # so that the foot of the page can be read above them
     browser.click("#close")
+    assert browser(room) < 100
     assert browser("getComputedStyle(document.getElementById('place')).display") == "none"

@@ -48,7 +48,8 @@ def test_the_seven_sets():
 @pytest.mark.parametrize(
     "spec, said",
     [("", "--sets: got ''"), ("owt", "--sets: got 'owt'"), ("ptb", "got ptb without a file"),
-     ("mine=web:x", "data.source: got 'web:x'"), ("lm1b,,ptb=text:x", "--sets: got ''")],
+     ("mine=web:x", "data.source: got 'web:x'"), ("lm1b,,ptb=text:x", "--sets: got ''"),
+     ("../a=text:x", "--sets: got the name '../a'")],
 )  # fmt: skip
 def test_bad_specs_are_one_line(spec, said):
     with pytest.raises(ValueError, match=said) as error:

@@ -173,18 +173,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     plain_output()
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with command.told():
         check_flags(args)
         paths = {"src": "SRC", "dst": "DST", "ema": "--ema", "config": "--config", "base": "--base"}
         for name, what in paths.items():
             if getattr(args, name) is not None:
                 setattr(args, name, local_path(what, getattr(args, name)))
-        lines = KINDS[args.command][args.kind](args)
-    except Exception as error:
-        if not command.is_users(error):
-            raise
-        command.fail(error)
-    print("\n".join(lines))
+        print("\n".join(KINDS[args.command][args.kind](args)))
     return 0
 
 

@@ -16,6 +16,7 @@ from smdlm import command
 from smdlm.config import AdapterConfig, read
 from smdlm.convert import decoder, peft
 from smdlm.convert.files import FileError
+from smdlm.convert.table import ConversionError
 from smdlm.convert.workdir import check_papers_operator, new_workdir, save
 from smdlm.feedback.gates import EntropyGate
 from smdlm.files import local_path, workdir_of
@@ -32,7 +33,10 @@ def load_base(workdir: Path, flag: str) -> tuple[Decoder, Any, dict[str, Any]]:
         if checkpointer.latest_step() is None:
             raise FileError(f"{flag}: got no checkpoint in {workdir}, wanted the base: convert import decoder first")
         params, meta = checkpointer.restore_params(None, "params")
-    return decoder.model_of(meta.get("model") or {}), params["backbone"], meta
+    try:
+        return decoder.model_of(meta.get("model") or {}), params["backbone"], meta
+    except ConversionError:
+        raise FileError(f"{flag}: got a checkpoint of another model in {workdir}, wanted that of a decoder") from None
 
 
 def import_adapter(args: argparse.Namespace) -> list[str]:

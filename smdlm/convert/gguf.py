@@ -64,6 +64,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict[
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+    except OSError as error:
+        raise FileError(f"got no readable {path} ({error.strerror}), wanted a GGUF file") from None
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise FileError(f"{path}: got no GGUF file, or a damaged one ({error}), wanted it whole") from None
     if (kind := fields.get("general.architecture")) != "llama":

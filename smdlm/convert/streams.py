@@ -46,7 +46,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
       FileError: what is not there, damaged, or named twice; one line.
     """
     if not folder.is_dir():
-        raise FileError(f"got no folder {folder}, wanted one with config.json and {MODEL}")
+        raise FileError(
+            f"got no folder {folder}, wanted one on this machine with config.json and {MODEL}, e.g. what "
+            "`hf download ORGANISATION/NAME --local-dir NAME` leaves"
+        )
     config = read_json(folder / "config.json")
     if (folder / MODEL).is_file():
         return read_header(folder / MODEL), config

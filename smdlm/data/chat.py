@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from jinja2 import sandbox
 
-from smdlm.data.vocabulary import Tokenizer
+from smdlm.data.vocabulary import Tokenizer, checked_text
 from smdlm.files import one_line
 
 Messages = Sequence[Mapping[str, Any]]  # {"role": "system" | "user" | "assistant" | .., "content": text}
@@ -138,11 +138,7 @@ def _checked(messages: Messages, template: ChatTemplate) -> list[dict[str, Any]]
 
 def _as_text(template: ChatTemplate, text: str) -> str:
     """The text with a mark inside every name of a special token, so that none is found there."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"chat: got {text[:40]!r}, wanted Unicode text (half of a surrogate pair is none)") from None
-    return template.names.sub(lambda match: match[0][0] + MARK + match[0][1:], text.replace(MARK, ""))
+    return template.names.sub(lambda match: match[0][0] + MARK + match[0][1:], checked_text(text).replace(MARK, ""))
 
 
 # ------------------------------------------------------------------------------------------------------------- sandbox

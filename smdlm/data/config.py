@@ -5,6 +5,7 @@ import shlex
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from smdlm.data.conversations import Chat
 from smdlm.data.documents import Source
@@ -24,6 +25,12 @@ class Prepared:
 
     def __post_init__(self):
         path_of("data.source", self.folder)
+
+
+def check_seed(field: str, seed: Any) -> None:
+    """ValueError unless it is one of the 2^32 seeds: a larger number would silently be one of them too."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"{field}: got {seed!r}, wanted 0 <= seed < 2**32")
 
 
 # What may stand before the colon of config.data.source: a view, so that what is added to SOURCES is here as well.
@@ -81,8 +88,7 @@ class DataConfig:
             raise ValueError(f"data.val_fraction: got {self.val_fraction}, wanted a share between 0 and 1")
         if self.val_documents < 0:
             raise ValueError(f"data.val_documents: got {self.val_documents}, wanted 0 (use val_fraction) or more")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"data.seed: got {self.seed}, wanted 0 <= seed < 2**32")
+        check_seed("data.seed", self.seed)
 
     def prepare_command(self) -> str:
         """The command that prepares this data set (with placeholders where only the user knows)."""

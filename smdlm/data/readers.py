@@ -86,21 +86,21 @@ def unpacked(file: IO[bytes], name: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str) -> Iterator[IO[bytes]]:
+def opened(path: Path, wanted: str, what: str = "data") -> Iterator[IO[bytes]]:
     """A file to read from, unpacked (.gz, .zst, .xz, .bz2); what reading it raises becomes one ValueError.
 
-    wanted: what it was to be, for the line.
+    wanted: what it was to be, what: the field or flag that names it, both for the line.
     """
     if program := UNPACKED_BY.get(path.suffix):
         raise ValueError(
-            f"data: got {printable(path)}, wanted plain files or .gz, .zst, .xz, .bz2: unpack it with {program}"
+            f"{what}: got {printable(path)}, wanted plain files or .gz, .zst, .xz, .bz2: unpack it with {program}"
         )
     try:
         with open(path, "rb") as file:
             yield unpacked(file, path.name)
     except UNREADABLE as error:
         cause = getattr(error, "strerror", None) or one_line(error)
-        raise ValueError(f"data: got an unreadable {printable(path)} ({cause}), wanted {wanted}") from error
+        raise ValueError(f"{what}: got an unreadable {printable(path)} ({cause}), wanted {wanted}") from error
 
 
 def read_text(path: Path) -> str:
@@ -126,17 +126,20 @@ def too_large(name: str | os.PathLike) -> ValueError:
     )
 
 
-def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number of the line from 1, line) of a file of JSON lines, plain or packed, blank lines left out."""
+def read_records(path: Path, what: str = "data") -> Iterator[tuple[int, bytes]]:
+    """(number of the line from 1, line) of a file of JSON lines, plain or packed, blank lines left out.
+
+    what: the field or flag that names the file, for errors.
+    """
     first = True
-    with opened(path, "JSON lines (.jsonl, or packed)") as lines:
+    with opened(path, "JSON lines (.jsonl, or packed)", what) as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             if first and re.fullmatch(rb"\s*\[\s*(\{.*)?", line, re.DOTALL):
                 raise ValueError(
-                    f"data: got a JSON array in {printable(path)}, wanted one object per line: convert it with "
+                    f"{what}: got a JSON array in {printable(path)}, wanted one object per line: convert it with "
                     f"jq -c '.[]' FILE > FILE.jsonl"
                 )
             first = False

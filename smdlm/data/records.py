@@ -99,5 +99,5 @@ def _named(path: Path, read: Callable[[], Any]) -> Any:
         ) from error
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise ValueError(
-            f"data: got an unreadable {printable(path)} ({one_line(error)}), wanted {path.suffix[1:]}: copy it again"
+            f"data: got an unreadable {printable(path)} ({one_line(error)}), wanted Parquet or Arrow: copy it again"
         ) from error

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,17 @@ from smdlm.data.backend import Backend, TextEncoder, byte_of_character, is_byte_
 END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARS = 2**16  # `tokenizers` needs over 100 bytes of memory per byte of one input, so long texts are cut
 CALL_CHARS = 2**20
+
+
+def checked_text(text: Any) -> str:
+    """The text itself. ValueError, one line, if it is none, or has what UTF-8 has not (a shell's bytes become that)."""
+    if not isinstance(text, str):
+        raise ValueError(f"got {text!r}, wanted a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"got {text[:40]!r}, wanted Unicode text (half of a surrogate pair is none)") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ class Tokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [n_tokens]."""
-        return self.encode_batch([text])[0]
+        """int32 [n_tokens]. ValueError, one line, for what is no text."""
+        return self.encode_batch([checked_text(text)])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids: '[MASK]' for the mask and for ids out of range, a newline for EOS and BOS.

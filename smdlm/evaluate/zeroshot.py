@@ -8,6 +8,7 @@ groups documents by 1000 and drops what is left of each group; so do we.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,8 @@ def named_sets(spec: str) -> dict[str, TextSet]:
         name, _, source = part.strip().partition("=")
         if name not in SETS and not source:
             raise ValueError(f"--sets: got {part!r}, wanted some of {', '.join(SETS)}, or NAME=text:GLOB")
+        if not re.fullmatch(r"[\w.-]+", name):  # it becomes a part of the record's file name
+            raise ValueError(f"--sets: got the name {name!r}, wanted letters, digits, '_', '-' and '.': NAME=text:GLOB")
         known = SETS.get(name, TextSet(""))
         if source:
             given = known.given if source.startswith("tfds:") else {}

@@ -89,11 +89,11 @@ class EntropyGate:
 
     def __post_init__(self):
         if not 0 <= self.scale <= 1:
-            raise ValueError(f"softmask scale: got {self.scale}, wanted 0 <= scale <= 1")
+            raise ValueError(f"softmask.scale: got {self.scale}, wanted 0 <= scale <= 1")
         if not self.centre < 0:
-            raise ValueError(f"softmask centre: got {self.centre}, wanted < 0 (it is compared with -entropy, in nats)")
+            raise ValueError(f"softmask.centre: got {self.centre}, wanted < 0 (it is compared with -entropy, in nats)")
         if not self.steepness > 0:
-            raise ValueError(f"softmask steepness: got {self.steepness}, wanted > 0")
+            raise ValueError(f"softmask.steepness: got {self.steepness}, wanted > 0")
 
     def init(self) -> Params:
         scale = min(max(self.scale, 1e-6), 1 - 1e-6)
@@ -127,7 +127,7 @@ class ConstantGate:
 
     def __post_init__(self):
         if not 0 <= self.scale <= 1:
-            raise ValueError(f"softmask scale: got {self.scale}, wanted 0 <= scale <= 1")
+            raise ValueError(f"softmask.scale: got {self.scale}, wanted 0 <= scale <= 1")
 
     def init(self) -> Params:
         return {}

@@ -68,7 +68,10 @@ def write(folder: Path, weights: Any, about: Mapping[str, Any], tokenizer: Token
 def about(folder: Path) -> dict[str, Any]:
     """What run.json says. ValueError, one line, if it is damaged."""
     try:
-        return json.loads((folder / RUN).read_text("utf-8"))
+        found = json.loads((folder / RUN).read_text("utf-8"))
+        if not isinstance(found, dict) or (missing := {"config", "step", "tokenizer"} - found.keys()):
+            raise ValueError(f"no {', '.join(sorted(missing))}" if isinstance(found, dict) else "no object")
+        return found
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / RUN}: got an unreadable file ({files.one_line(error)}), wanted that of a released model: copy "

@@ -35,7 +35,7 @@ Word = Callable[[int], str]  # text of a token
 class Page:
     """A page as text; a notebook shows it in a frame."""
 
-    html: str
+    html: str = dataclasses.field(repr=False)
 
     def _repr_html_(self) -> str:
         content = html.escape(self.html, quote=True)

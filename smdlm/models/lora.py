@@ -46,11 +46,11 @@ class LoRA(Frozen):
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"lora: got rank {self.rank}, alpha {self.alpha}, wanted rank >= 1 and alpha > 0")
+            raise ValueError(f"adapter: got rank {self.rank}, alpha {self.alpha}, wanted rank >= 1 and alpha > 0")
         known = {_module(path) for path, axes in self.base.matrices().items() if axes and path.endswith(KERNEL)}
         if not self.targets or (unknown := sorted(set(self.targets) - known)):
             raise ValueError(
-                f"lora.targets: got {unknown if self.targets else 'none'}, wanted some of {', '.join(sorted(known))}"
+                f"adapter.targets: got {unknown if self.targets else 'none'}, wanted some of {', '.join(sorted(known))}"
             )
 
     @property

@@ -39,13 +39,13 @@ class Filters:
 
     def __post_init__(self):
         if not self.temperature >= 0:
-            raise ValueError(f"sampling temperature: got {self.temperature}, wanted >= 0 (0 takes the argmax)")
+            raise ValueError(f"sampling.temperature: got {self.temperature}, wanted >= 0 (0 takes the argmax)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling top_p: got {self.top_p}, wanted 0 < top_p <= 1 (1 keeps everything)")
+            raise ValueError(f"sampling.top_p: got {self.top_p}, wanted 0 < top_p <= 1 (1 keeps everything)")
         if self.top_p_rule not in ("standard", "reference"):
-            raise ValueError(f"sampling top_p_rule: got {self.top_p_rule!r}, wanted 'standard' or 'reference'")
+            raise ValueError(f"sampling.top_p_rule: got {self.top_p_rule!r}, wanted 'standard' or 'reference'")
         if self.top_k < 0:
-            raise ValueError(f"sampling top_k: got {self.top_k}, wanted at least 1, or 0 to keep everything")
+            raise ValueError(f"sampling.top_k: got {self.top_k}, wanted at least 1, or 0 to keep everything")
 
     @property
     def plain(self) -> bool:

@@ -27,6 +27,7 @@ FIELDS = {
     **{"prompt": str, "suffix": str, "prefix": str, "messages": list, "stop": list},
     **{"tokens": int, "seed": int, "id": (str, int)},
 }
+KINDS_OF_FIELDS = {str: "a text", list: "a list", int: "a whole number", (str, int): "a text or a whole number"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +137,10 @@ def parse(record: Any, tokenizer: Tokenizer, seed: int, where: str) -> Prompt:
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: got {record!r}, wanted an object with 'prompt' or 'messages'")
     for name, value in record.items():
-        if name not in FIELDS or not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+        if name not in FIELDS:
             raise ValueError(f"{where}: got {name!r}: {value!r}, wanted fields of {', '.join(FIELDS)}")
+        if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+            raise ValueError(f"{where}: got {name!r}: {value!r}, wanted {KINDS_OF_FIELDS[FIELDS[name]]}")
     if ("prompt" in record) == ("messages" in record):
         raise ValueError(f"{where}: got {sorted(record)}, wanted either 'prompt' or 'messages'")
     stop = tuple(record.get("stop", ()))
@@ -195,11 +198,6 @@ def _text(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, 
         if len(pieces) > 1 or "tokens" not in record:
             raise ValueError(f"got a suffix, wanted 'tokens' for what lies before it, and no {HOLE}")
         pieces.append(record["suffix"])
-    for piece in pieces:
-        try:
-            piece.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"got {piece[:40]!r}, wanted Unicode text (half of a surrogate pair is none)") from None
     hole = np.full(record.get("tokens", 1), tokenizer.mask_id, np.int32)
     parts = [tokenizer.encode(pieces[0])]
     for piece in pieces[1:]:

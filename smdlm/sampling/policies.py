@@ -24,7 +24,7 @@ from smdlm.sampling.policy import Drawing, Policy, Times
 def linear_times(steps: int, end: float = 1e-5) -> Times:
     """t from 1 down to `end` in equal steps, [T]; the reference's grid (float32 linspace, float64 step)."""
     if steps < 1:
-        raise ValueError(f"sampling steps: got {steps}, wanted at least 1")
+        raise ValueError(f"sampling.steps: got {steps}, wanted at least 1")
     t = np.linspace(1.0, end, steps + 1).astype(np.float32)[:-1]
     return Times(t=jnp.asarray(t), s=jnp.asarray(t - np.float32((1 - end) / steps)))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fractions
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,12 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=CodeEvaluation.workers, help="programs that run at once")
     parser.add_argument("--config", help="a config file instead of the run's own")
     given, given.changes = parser.parse_known_args(argv)
-    try:
+    with command.told():
         command.config_values(given.changes)  # an argument that nobody knows
         run(given)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(given: argparse.Namespace) -> list[Record]:

@@ -57,13 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="to be written")
     given = parser.parse_args(argv)
     plain_output()
-    try:
+    with command.told():
         folder = local_path("FOLDER", given.folder)
         release(local_path("RUN", given.run), folder)
-    except Exception as error:
-        if not command.is_users(error):
-            raise
-        command.fail(error)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder}, {size / 1e6:.2f} MB: smdlm.load({str(folder)!r})")
 

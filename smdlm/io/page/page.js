@@ -434,7 +434,7 @@
   const SPEEDS = [1, 2, 4, 8, 16, 32, 64];
   const usual = SPEEDS.reduce((best, one) => (Math.abs(one - frames / 12) < Math.abs(best - frames / 12) ? one : best));
   for (const speed of SPEEDS) {
-    const option = make("option", "", `${speed} steps/s`);
+    const option = make("option", "", `${speed} ${speed === 1 ? "step" : "steps"}/s`);
     option.value = speed;
     option.selected = speed === usual;
     get("speed").append(option);
