@@ -180,7 +180,7 @@ def test_whether_a_run_is_finished(tmp_path, capsys):
     assert finished.main([str(tmp_path)]) == 1
     (tmp_path / "summary.json").touch()
     assert finished.main([str(tmp_path)]) == 0
-    assert finished.main(["s3://bucket/run"]) == 2 and "got the URL s3://bucket/run" in capsys.readouterr().err
+    assert finished.main(["az://bucket/run"]) == 2 and "got the URL az://bucket/run" in capsys.readouterr().err
     assert finished.main([]) == 2
 
 
