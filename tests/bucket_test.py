@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -21,7 +23,7 @@ from smdlm import buckets, files
 from smdlm.command import check_folder
 from smdlm.data import prepare
 from smdlm.data.text import load
-from smdlm.io.checkpoint import MANIFEST, Checkpointer
+from smdlm.io.checkpoint import MANIFEST, CheckpointDamaged, Checkpointer
 from smdlm.io.writer import Writer, read_metrics
 
 SCHEMES = ("gs", "s3")
@@ -74,6 +76,14 @@ def folder(request):
         return request.getfixturevalue("tmp_path") / "run"
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
     return files.path_of("--workdir", f"{request.param}://bucket/{name}")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """() -> the folders of this process and its children for steps that are copied."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is read once
+    return lambda: [path.name for path in tmp_path.glob("smdlm_steps_*")]
 
 
 @pytest.fixture
@@ -238,41 +248,105 @@ def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned):
     assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(33))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["after save returned", "before the last object"])
-def test_kill_in_a_save_leaves_the_checkpoint_before(folder, warned, moment):
-    """Nothing is renamed: the killed save lies under its final name, and does not count."""
-    code = """
+KILLED = """
 import os, signal, sys
 from checkpoint_test import *
-kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from orbax.checkpoint._src.path import atomicity
+from smdlm import buckets, files
+
+def kill_at(place, name, *ends):
+    real = getattr(place, name)
+    def call(*args, **more):
+        if all(str(arg).endswith(end) for arg, end in zip(args, ends)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **more)
+    setattr(place, name, call)
+
 runner = Checkpointer(sys.argv[1], keep=2)
 runner.save(1, make_state(1), data={"next_index": 1}, meta={})
 runner.wait()
-if sys.argv[2] == "before the last object":
-    from orbax.checkpoint._src.path import atomicity
-    atomicity.on_commit_callback = kill
+match sys.argv[1][:2], sys.argv[2]:
+    case "gs", "before the last object":
+        kill_at(atomicity, "on_commit_callback")
+    case "s3", "before the last object":
+        kill_at(files, "write", "commit_success.txt")
+    case "s3", "between two objects":
+        kill_at(buckets, "upload", "manifest.json")
 runner.save(2, make_state(2, width=20_000), data={}, meta={})
 if sys.argv[2] == "after save returned":
-    kill()
+    os.kill(os.getpid(), signal.SIGKILL)
 runner.wait()
 """
-    call = [sys.executable, "-c", code, str(folder), moment]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder, moment, left",
+    [
+        ("gs", "after save returned", {"1"}),
+        ("gs", "before the last object", {"1", "2"}),
+        ("s3", "between two objects", {"1", "2"}),
+        ("s3", "before the last object", {"1", "2"}),
+    ],
+    indirect=["folder"],
+)
+def test_kill_in_a_save_leaves_the_checkpoint_before(folder, temporary, warned, moment, left):
+    """Nothing is renamed: the killed save lies under its final name, and does not count."""
+    call = [sys.executable, "-c", KILLED, str(folder), moment]
     done = subprocess.run(call, env=environment(1), capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    left = sorted(p.name for p in folder.iterdir())
-    assert left in (["1"], ["1", "2"]) and (left == ["1", "2"] or moment == "after save returned")
-    if moment == "before the last object":
-        assert (folder / "2" / MANIFEST).exists() and not (folder / "2" / "commit_success.txt").exists()
+    names = {p.name for p in folder.iterdir()}
+    assert left <= names <= {"1", "2"}
+    if "2" in left:
+        assert not (folder / "2" / "commit_success.txt").exists()
+        assert (folder / "2" / MANIFEST).exists() == (moment == "before the last object")
+    assert len(temporary()) == (str(folder)[:2] == "s3")
     runner = Checkpointer(folder, keep=2)
+    assert all(f"_{os.getpid()}_" in name for name in temporary())
     assert runner.latest_step() == 1
     state, data, _ = runner.restore(abstract(make_state()))
     assert_same(state, make_state(1))
     assert data == {"next_index": 1}
     runner.save(2, make_state(22), data={}, meta={})
     runner.close()
-    assert Checkpointer(folder).all_steps() == [1, 2]
-    assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(22))
+    assert temporary() == []
+    reader = Checkpointer(folder)
+    assert reader.all_steps() == [1, 2]
+    assert_same(reader.restore(abstract(make_state()))[0], make_state(22))
+
+
+@pytest.mark.parametrize("folder", ["s3"], indirect=True)
+def test_an_upload_that_fails_is_no_checkpoint(folder, temporary, warned, monkeypatch):
+    def upload(file, url):
+        if file.name == MANIFEST:
+            raise OSError("no network")
+        really(file, url)
+
+    really, runner = buckets.upload, Checkpointer(folder)
+    monkeypatch.setattr(buckets, "upload", upload)
+    runner.save(1, make_state(1), data={}, meta={})
+    runner.wait()
+    (line,) = warned
+    assert "step 1 failed: OSError: no network; there is no good checkpoint yet" in line
+    assert files.tree(folder) == [] and runner.latest_step() is None
+    monkeypatch.setattr(buckets, "upload", really)
+    runner.save(1, make_state(1), data={}, meta={})
+    runner.close()
+    reader = Checkpointer(folder)
+    weights, _ = reader.restore_params(None)
+    assert_same(weights, make_state(1).ema)
+    (folder / "1" / "ema" / "_METADATA").unlink()
+    with pytest.raises(CheckpointDamaged, match="FileNotFoundError"):
+        reader.read_meta() and reader.restore_params(None)
+    reader.close()
+    assert temporary() == [] and len(warned) == 1
+
+
+def test_several_processes_cannot_share_s3(temporary, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="got s3://bucket/checkpoints with 2 processes, wanted one: .*in gs://"):
+        Checkpointer("s3://bucket/checkpoints")
+    assert temporary() == []
 
 
 # Prepared data
