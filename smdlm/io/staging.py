@@ -48,7 +48,7 @@ class Staging:
 
     def clear(self) -> None:
         """Deletes all that lies here; called when nothing is being saved or read."""
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("*"):
             files.remove_tree(path)
 
 
