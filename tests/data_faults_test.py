@@ -218,7 +218,7 @@ def test_urls_are_refused_before_anything_is_written(tmp_path, monkeypatch, caps
     assert prepare.main(flags) == 2
     assert "got the URL" in capsys.readouterr().err and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="cache_dir: got the URL"):
-        load(config_of("stdlib:docstrings", tokenizer="bpe:300"), "s3://b/cache")
+        load(config_of("stdlib:docstrings", tokenizer="bpe:300"), "az://b/cache")
 
 
 def test_a_file_name_that_is_not_utf8(tmp_path):

@@ -27,7 +27,7 @@ from smdlm.data.text import batches, load
             "data.source: got 'stdlib:comments', wanted 'stdlib:docstrings' | 'stdlib:prose' | 'stdlib:source'",
         ),
         ({"spec": "text:gs://bucket/a.txt"}, "data.source: got the URL gs://bucket/a.txt, wanted a local path"),
-        ({"spec": "prepared:s3://bucket/dir"}, "data.source: got the URL s3://bucket/dir, wanted a local path"),
+        ({"spec": "prepared:az://bucket/dir"}, "data.source: got the URL az://bucket/dir, wanted a local path"),
         ({"tokenizer": "hf:https://host/dir"}, "data.tokenizer: got the URL https://host/dir, wanted a local path"),
         ({"tokenizer": "words"}, "tokenizer: got 'words'"),
         ({"framing": "none"}, "data.framing: got 'none'"),

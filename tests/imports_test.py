@@ -52,6 +52,7 @@ ONLY = {
     "tensorboardX": {"smdlm.io.writer"},
     "matplotlib": {"smdlm.io.plots"},
     "gcsfs": {"smdlm.buckets"},
+    "s3fs": {"smdlm.buckets"},
     "etils": {"smdlm.buckets"},
     "torch": set(),
 }

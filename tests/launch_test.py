@@ -172,15 +172,15 @@ def test_a_job_of_several_processes(launch, tmp_path):
     done, calls = launch("job.sh", *flags, COORDINATOR="host:1", NUM_PROCESSES="2", PROCESS_ID="1", DISTRIBUTED="1")
     assert calls[0][5:] == ["--distributed", "--coordinator=host:1", "--num_processes=2", "--process_id=1"]
     gone = 'case "$*" in *finished*) exit 1 ;; esac'
-    done, calls = launch("job.sh", *flags, fakes={"python": gone})
-    assert done.returncode == 75
+    done, calls = launch("job.sh", flags[0], "--workdir=s3://bucket/run", fakes={"python": gone})
+    assert done.returncode == 75 and calls[-1] == [*looked[:-1], "s3://bucket/run"]
 
 
 def test_whether_a_run_is_finished(tmp_path, capsys):
     assert finished.main([str(tmp_path)]) == 1
     (tmp_path / "summary.json").touch()
     assert finished.main([str(tmp_path)]) == 0
-    assert finished.main(["s3://bucket/run"]) == 2 and "got the URL s3://bucket/run" in capsys.readouterr().err
+    assert finished.main(["az://bucket/run"]) == 2 and "got the URL az://bucket/run" in capsys.readouterr().err
     assert finished.main([]) == 2
 
 

@@ -278,5 +278,5 @@ def test_a_converted_decoder_describes_itself(tmp_path, softmask):
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="got no checkpoint in .*wanted a trained run"):
         smdlm.load(tmp_path)
-    with pytest.raises(ValueError, match="workdir: got the URL s3://bucket/run"):
-        smdlm.load("s3://bucket/run")
+    with pytest.raises(ValueError, match="workdir: got the URL az://bucket/run"):
+        smdlm.load("az://bucket/run")

@@ -11,9 +11,9 @@ caller's abstract state, so it comes back exactly, and comparing a checkpoint wi
 
 A save is asynchronous and atomic: orbax writes `<step>.orbax-checkpoint-tmp`, the manifest goes in, then
 commit_success.txt, and the directory is renamed. In a bucket nothing is renamed: `<step>` itself is written, and counts
-once it has commit_success.txt, its last object. Orbax does not checksum array payloads (a flipped byte restores as a
-wrong weight), so the manifest decides what is damaged; whatever fails after it has been checked is an error of another
-kind and is raised as it is.
+once it has commit_success.txt, its last object. Orbax does not write to s3://: there the step is copied, both ways
+(io/staging.py). Orbax does not checksum array payloads (a flipped byte restores as a wrong weight), so the manifest
+decides what is damaged; whatever fails after it has been checked is an error of another kind and is raised as it is.
 """
 
 import contextlib
@@ -32,9 +32,10 @@ from absl import logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from smdlm import files
+from smdlm import buckets, files
 from smdlm.files import one_line, sha256
 from smdlm.io import streamed
+from smdlm.io.staging import Staging
 
 PyTree = Any
 TREES = ("params", "ema", "opt")
@@ -78,17 +79,21 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
-        """Raises ValueError unless keep >= 1. Creates nothing on disk."""
+        """Raises ValueError unless keep >= 1, or for s3:// with several processes. Creates nothing in `directory`."""
         if keep < 1:
             raise ValueError(f"got keep={keep}, wanted at least 1 checkpoint: set keep >= 1")
         directory = files.as_path(directory)
         self.directory = directory if files.is_url(directory) else directory.absolute()
+        staged = files.is_url(directory) and not buckets.cloud_of(str(directory)).arrays
+        self._staging = Staging(directory) if staged else None
+        self._local = self._staging.folder if self._staging else self.directory  # where orbax writes and reads
+        self._keep = keep
         self._saving: int | None = None  # the step being written in the background
         self._resumed: int | None = None  # the step this run continues; what is newer on disk is abandoned
         handlers = {name: streamed.handler() for name in TREES}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            self._local,
             item_names=TREES + JSONS,
             item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
@@ -115,7 +120,7 @@ class Checkpointer:
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
         try:
             if jax.process_index() == 0:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                self._local.mkdir(parents=True, exist_ok=True)
                 self._drop_leftovers()
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("smdlm_checkpoint_leftovers")
@@ -140,6 +145,8 @@ class Checkpointer:
         """Waits for the save under way and frees the threads."""
         self.wait()
         self._manager.close()
+        if self._staging:
+            self._staging.close()
 
     def all_steps(self) -> list[int]:
         """Complete steps, oldest first (their contents are checked by restore, not here)."""
@@ -226,6 +233,8 @@ class Checkpointer:
             listed = {name: entry for name, entry in listed.items() if name.split("/")[0] in items}
             if missing := set(items) - {name.split("/")[0] for name in listed}:
                 return f"{MANIFEST} lists no file of {sorted(missing)}"
+            if self._staging:  # what is checked is what will be read
+                folder = self._staging.download(step, listed)
             for name, entry in listed.items():
                 if (size := files.size(folder / name)) != entry["bytes"]:
                     return f"{name} has {size} bytes instead of {entry['bytes']}"
@@ -233,6 +242,8 @@ class Checkpointer:
                 if digest != listed[name]["sha256"]:
                     return f"{name} has another sha256 than when it was written"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if files.is_url(self.directory) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # a network that is down is no damage: an older step would be taken, and this one deleted
             return one_line(error)
         return None
 
@@ -262,7 +273,7 @@ class Checkpointer:
 
     def _saved_leaves(self, step: int, item: str) -> dict[str, tuple[tuple[int, ...], Any]]:
         """{path: (shape, dtype)} of a saved tree, read from orbax metadata."""
-        metadata = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / item)
+        metadata = ocp.StandardCheckpointHandler().metadata(self._local / str(step) / item)
         return {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in metadata.tree.items()}
 
     def _read_json(self, step: int, item: str) -> dict:
@@ -270,20 +281,30 @@ class Checkpointer:
 
     def _steps_on_disk(self) -> list[int]:
         """Step directories, complete or not, oldest first (orbax's own list is a cache that runs ahead of the disk)."""
-        if not self.directory.is_dir():
+        try:
+            return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        except (FileNotFoundError, NotADirectoryError):  # not `is_dir`, which is also false without a network
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def _is_complete(self, step: int) -> bool:
         return (self.directory / str(step) / COMMIT_MARKER).exists()
 
     def _write_manifest(self) -> None:
-        """Called by orbax (primary process, background thread) when all items are written, before the rename."""
-        (folder,) = (p for p in self.directory.iterdir() if p.name.split(".")[0] == str(self._saving))
+        """Called by orbax (primary process, background thread) when all items are written, before the rename.
+
+        Also does what orbax does after it in other folders: the last object, and deleting old steps.
+        """
+        (folder,) = (p for p in self._local.iterdir() if p.name.split(".")[0] == str(self._saving))
         names = [f"{item}/{name}" for item in TREES + JSONS for name in files.tree(folder / item)]
         digests = _digests(folder, names)
         entries = {name: {"bytes": files.size(folder / name), "sha256": digests[name]} for name in sorted(names)}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
+        if self._staging:
+            self._staging.upload(folder, self._saving)
+            files.write(self.directory / str(self._saving) / COMMIT_MARKER, "the upload is complete\n")
+            with contextlib.suppress(Exception):  # the step is saved; what is not deleted now goes with the next one
+                for step in self.all_steps()[: -self._keep]:
+                    files.remove_tree(self.directory / str(step))
 
     def _drop_leftovers(self) -> None:
         """Deletes what killed, failed or abandoned saves left; called when no save is under way."""
@@ -292,6 +313,8 @@ class Checkpointer:
                 files.remove_tree(self.directory / str(step))
         for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             files.remove_tree(path)
+        if self._staging:
+            self._staging.clear()
 
     def _report(self, step: int | None, error: Exception) -> None:
         """One warning about a failed save; what it left is deleted at once, since the disk may be full.

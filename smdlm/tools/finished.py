@@ -1,6 +1,6 @@
 """Whether a run is finished, for scripts that start it again: exit status 0 if its summary is there, else 1.
 
-python -m smdlm.tools.finished WORKDIR      (a folder, or gs://BUCKET/FOLDER)
+python -m smdlm.tools.finished WORKDIR      (a folder, or gs:// or s3://BUCKET/FOLDER)
 """
 
 from __future__ import annotations
