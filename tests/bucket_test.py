@@ -220,8 +220,12 @@ def test_metrics_samples_summary_and_curves(folder, warned):
     assert files.tree(folder) == wanted
 
 
+def unreachable(*_):
+    raise OSError("the network is down")
+
+
 @pytest.mark.slow
-def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned):
+def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned, monkeypatch):
     saver = Checkpointer(folder, keep=2)
     for step in (1, 2, 3):
         saver.save(step, make_state(step), data={"next_index": step}, meta={"width": 16})
@@ -231,6 +235,10 @@ def test_checkpoints_come_back_bit_for_bit_and_damage_is_seen(folder, warned):
     state, data, meta = reader.restore(abstract(make_state()))
     assert_same(state, make_state(3))
     assert (data, meta) == ({"next_index": 3}, {"width": 16, "step": 3})
+    with monkeypatch.context() as patch:  # a network that is down is no damage, for which an older step would be taken
+        patch.setattr("smdlm.io.checkpoint._digests", unreachable)
+        with pytest.raises(OSError, match="the network is down"):
+            Checkpointer(folder, keep=2).restore(abstract(make_state()))
     listed = json.loads((folder / "3" / MANIFEST).read_text())
     there = set(files.tree(folder / "3")) - {MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
     assert {name for name in there if not name.endswith("/")} == set(listed)
