@@ -19,23 +19,24 @@ Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points x, y, with half-widths of intervals of y if there are any."""
+    """Points x, y, with half-widths of intervals of y if there are any. group: what has one colour in all panels."""
 
     x: Sequence[float]
     y: Sequence[float]
     interval: Sequence[float] | None = None
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Curves by their labels. lines: False draws points alone. marker: of the points, '' for none. logarithmic: the x
-    axis."""
+    """Curves by their labels. lines: False draws points alone. markers: of the curves of one group in turn, ''
+    for none. logarithmic: the x axis."""
 
     xlabel: str
     ylabel: str
     curves: Mapping[str, Curve]
     lines: bool = True
-    marker: str = "o"
+    markers: str = "osv^D*"
     logarithmic: bool = False
 
 
@@ -72,16 +73,28 @@ def draw_omega(rows: Rows, labels: Mapping[str, str], path: Path) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Panels side by side, with one legend."""
-    figure, axes = _figure(len(panels))
+    """Panels side by side, with one legend below; values that differ by more than five times on a logarithmic axis."""
+    groups = list(dict.fromkeys(curve.group or label for panel in panels for label, curve in panel.curves.items()))
+    labels = dict.fromkeys(label for panel in panels for label in panel.curves)
+    figure, axes = _figure(len(panels), height=3.4 + 0.2 * math.ceil(len(labels) / 4))
+    handles = {}
     for axis, panel in zip(axes, panels, strict=True):
+        drawn = dict.fromkeys(groups, 0)
         for label, curve in panel.curves.items():
-            style = {"marker": panel.marker, "markersize": 3, "linestyle": "-" if panel.lines else "none"}
-            axis.errorbar(curve.x, curve.y, yerr=curve.interval, label=label, capsize=2, **style)
+            group = curve.group or label
+            marker = panel.markers[drawn[group] % len(panel.markers)] if panel.markers else ""
+            style = {"color": f"C{groups.index(group)}", "marker": marker, "linestyle": "-" if panel.lines else "none"}
+            line = axis.errorbar(curve.x, curve.y, yerr=curve.interval, label=label, capsize=2, markersize=4, **style)
+            handles.setdefault(label, line)
+            drawn[group] += 1
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.logarithmic and panel.curves:
             axis.set_xscale("log", base=2)
-    axes[0].legend(fontsize="small")
+        values = [y for curve in panel.curves.values() for y in curve.y]
+        if values and min(values) > 0 and max(values) > 5 * min(values):
+            axis.set_yscale("log")
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small")
     _save(figure, path)
 
 
@@ -99,12 +112,12 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, window)[middle] / np.convolve(np.ones(len(y)), window)[middle]
 
 
-def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+def _figure(panels: int, height: float = 3.4) -> tuple[Any, Sequence[Any]]:
     """A figure with panels side by side; without pyplot, so no display and no global state is touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * panels + 1, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.5 * panels + 1, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis in axes:

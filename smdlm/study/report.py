@@ -180,7 +180,7 @@ def panels(study: Study, done: Sequence[Done]) -> list[Panel]:
             for label, points in _lines_of(done).items():
                 x = [np.mean([cell.record.about[about] for cell in seeds]) for seeds in points]
                 y = [_over_seeds([_own(cell, score) for cell in seeds]) for seeds in points]
-                curves[label] = Curve(x, [mean for mean, _ in y], [interval for _, interval in y])
+                curves[label] = Curve(x, [mean for mean, _ in y], [interval for _, interval in y], points[0][0].run)
             found.append(Panel(words, score, curves, logarithmic=True))
     if study.front:
         curves = {}
@@ -211,7 +211,7 @@ def training_panels(gates: Mapping[str, Any], trained: Mapping[str, Sequence[Map
             lam = [_gate_over(entropy, dataclasses.replace(gates[run], **one["omega"])) for one in summaries]
             learned[run] = Curve(entropy.tolist(), np.mean(lam, axis=0).tolist())
     found = [Panel("step of decoding", "nats/masked token", steps)] if steps else []
-    return found + ([Panel("entropy of the prediction, nats", "λ", learned, marker="")] if learned else [])
+    return found + ([Panel("entropy of the prediction, nats", "λ", learned, markers="")] if learned else [])
 
 
 def _gate_over(entropy: np.ndarray, gate: EntropyGate) -> np.ndarray:
