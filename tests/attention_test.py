@@ -311,17 +311,12 @@ def child():
                     got = value_and_gradients(fn, *arrays)
                     shards = {s.data.shape for s in got[0].addressable_shards}
                 out[f"{platform}, {groups} groups, {name}"] = max(distance(got, wanted)), sorted(shards)
-    traced.platform = lambda: "cpu"
-    arrays, fn = inputs(2, batch=4), functools.partial(attention, products="bfloat16")
-    with jax.set_mesh(MeshConfig(2, 2, 2).make()):
-        got = value_and_gradients(fn, *arrays)
-    out["cpu, rounded"] = max(distance(got, value_and_gradients(fn, *arrays))), []
     print(json.dumps(out))
 
 
 def test_heads_and_examples_are_split_without_a_change(eight_devices):
     measured, _ = eight_devices
-    assert len(measured) == 13
+    assert len(measured) == 12
     for case, (distance, shards) in measured.items():
         assert distance < 1e-5, case
         if case.startswith("tpu"):  # one of four rows each; half of the heads where two key heads can be split
