@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from smdlm.mesh import traced
 from smdlm.models.base import Head
-from smdlm.ops import pallas, vocab
+from smdlm.ops import cpu, pallas, vocab
 from smdlm.ops.chunks import Axes, Chunk, fold_chunks, in_cache, selected_rows, sum_over
 from smdlm.ops.filters import Filters, inverse_cdf
 from smdlm.softmask import Feedback
@@ -210,6 +210,7 @@ class Readout:
             found = chunk.into((jnp.zeros_like(weights_N), jnp.zeros_like(hidden_NxD)), (nll_C, d_hidden_CxD))
             nll_N, d_hidden_NxD = found
         else:
+            of = head.operands(hidden_NxD)
 
             def body(chunk: Chunk, carry: Any) -> Any:
                 total, nll_N, d_hidden_NxD, d_matrix, d_bias = carry
@@ -220,9 +221,9 @@ class Readout:
                 one_hot = jnp.arange(logits_CxV.shape[1]) == targets_C[:, None]
                 d_logits_CxV = weights_C[:, None] * (jnp.exp(logits_CxV - partition_C[:, None]) - one_hot)
                 d_bias += d_logits_CxV.sum(0)
-                d_logits_CxV = d_logits_CxV.astype(hidden_CxD.dtype)
-                d_matrix += jnp.dot(hidden_CxD.T, d_logits_CxV, preferred_element_type=jnp.float32)
-                d_hidden_CxD = jnp.dot(d_logits_CxV, head.matrix.T, preferred_element_type=jnp.float32)
+                d_logits_CxV = d_logits_CxV.astype(of)
+                d_matrix += cpu.product_to_weights(hidden_CxD.astype(of), d_logits_CxV)
+                d_hidden_CxD = cpu.product_to_inputs(d_logits_CxV, head.matrix)
                 nll_N, d_hidden_NxD = chunk.into((nll_N, d_hidden_NxD), (nll_C, d_hidden_CxD))
                 return total + jnp.sum(weights_C * nll_C), nll_N, d_hidden_NxD, d_matrix, d_bias
 
@@ -230,7 +231,7 @@ class Readout:
             nothing = jnp.zeros(()), jnp.zeros(targets_N.size), jnp.zeros_like(hidden_NxD), *like_head
             size = min(self.chunk, targets_N.size)
             total, nll_N, d_hidden_NxD, d_matrix, d_bias = fold_chunks(weights_N != 0, size, axes, body, nothing)
-        d_head = _head_over_shards(axes, d_matrix, d_bias)
+        d_head = _over_shards(axes, head.replace(matrix=d_matrix, bias=d_bias))
         return (
             sum_over(total, axes),
             nll_N.reshape(targets_BxL.shape),
@@ -252,7 +253,7 @@ def _as_feedback(statistics: tuple[jax.Array, jax.Array, jax.Array], masked_BxL:
 def _per_shard(local: Callable[..., Any], head: Head, *arrays: jax.Array, out_specs: Any = None) -> Any:
     """local(axes, head, *arrays) on each shard of the batch; outputs are split like the arrays unless out_specs."""
     axes = traced.splits(len(arrays[0]), *traced.BATCH_AXES)
-    head = head.replace(matrix=head.matrix.astype(arrays[0].dtype))  # before it is gathered over fsdp
+    head = head.replace(matrix=head.matrix.astype(head.operands(arrays[0])))  # before it is gathered over fsdp
     split = PartitionSpec(axes)
     in_specs = (PartitionSpec(), *(split for _ in arrays))
     out_specs = split if out_specs is None else out_specs(axes)
@@ -264,12 +265,13 @@ def _by_pallas(axes: Axes, hidden: jax.Array, matrix: jax.Array, k: int = 1) -> 
     return traced.platform() == "tpu" and axes == traced.used() and pallas.readout_fits(hidden, matrix, k)
 
 
-def _head_over_shards(axes: Axes, d_matrix: jax.Array, d_bias: jax.Array) -> Head:
+def _over_shards(axes: Axes, d_head: Head) -> Head:
     """The head's gradient summed over the shards; where fsdp splits the matrix, each keeps the sum of its own part."""
+    d_matrix = d_head.matrix
     if "fsdp" in axes:
         d_matrix = jax.lax.psum_scatter(d_matrix, "fsdp", scatter_dimension=0, tiled=True)
     d_matrix = sum_over(d_matrix, tuple(axis for axis in axes if axis != "fsdp"))
-    return Head(d_matrix, sum_over(d_bias, axes))
+    return d_head.replace(matrix=d_matrix, bias=sum_over(d_head.bias, axes))
 
 
 # The derivative of the likelihood, told to JAX: the forward sweep keeps the gradients instead of logits.
@@ -286,7 +288,7 @@ def _nll(readout: Readout, head: Head, hidden: jax.Array, targets: jax.Array, we
 def _nll_forward(readout: Readout, head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array):
     def specs(axes: Axes) -> Any:
         split, d_matrix = PartitionSpec(axes), PartitionSpec("fsdp" if "fsdp" in axes else None)
-        return PartitionSpec(), split, split, Head(d_matrix, PartitionSpec())
+        return PartitionSpec(), split, split, head.replace(matrix=d_matrix, bias=PartitionSpec())
 
     total, nll, d_hidden, d_head = _per_shard(
         readout._nll_and_gradients, head, hidden, targets, weights, out_specs=specs

@@ -103,6 +103,23 @@ def test_half_precision(implementation):
     assert max(distance(got, value_and_gradients(functools.partial(formula, mask=mask), *arrays))) < 0.02
 
 
+@pytest.mark.parametrize("masks, groups", [("a mask each", 2), ("causal", 4), ("cache", 1)])
+def test_rounded_operands(masks, groups):
+    """A CPU rounds what it multiplies; results and gradients stay float32, and near those of the formula."""
+    changes = MASKS[masks]
+    arrays = inputs(groups, keys=changes["mask"].shape[2] if "mask" in changes else 6)
+    got = value_and_gradients(functools.partial(attention, products="bfloat16", **changes), *arrays)
+    assert all(x.dtype == jnp.float32 for x in got)
+    assert 1e-5 < max(distance(got, value_and_gradients(functools.partial(formula, **changes), *arrays))) < 0.02
+
+
+def test_rounded_weights_have_the_sum_one():
+    """They are divided by the sum of what they were rounded to: the mean of ones is one."""
+    query, key, value, _ = inputs(4, length=50)
+    out = attention(query, key, jnp.ones_like(value), products="bfloat16")
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+
+
 SPLASH = {
     "4 no mask": (4, {}),
     "4 causal": (4, {"causal": True}),

@@ -1,6 +1,7 @@
 """What the benchmark says of a step: its arithmetic, and the batch of the sampler."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -27,6 +28,56 @@ def test_mfu_is_the_share_of_the_chips_peak(monkeypatch):
 
     monkeypatch.setattr(bench.jax, "devices", lambda: [Device()])
     assert bench._mfu(989e12 * 0.01 * 0.45, 10.0) == pytest.approx(0.45)
+
+
+def rows_file(folder, rows):
+    file = folder / "other.json"
+    file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return file
+
+
+def test_ratios_to_another_program(tmp_path):
+    """Of the times that it has: above 1 where it takes longer. Its other columns are passed over."""
+    rows = [{"size": "tiny", "batch": 32, "train_sm_ms": 396.0, "sampler_step_ms": 50.0, "peak_gib": 9.0}]
+    other = bench.read_times(rows_file(tmp_path, rows))
+    bench.check_batches(["tiny", "6x192"], 0, other)
+    ours = {"train_binary_ms": 100.0, "train_sm_ms": 198.0, "sampler_step_ms": 100.0}
+    wanted = "  against: train_sm_ms 396.00, 2.00 times ours, sampler_step_ms 50.00, 0.50 times ours"
+    assert bench.ratio_line(ours, other["tiny"]) == wanted
+
+
+GOOD = {"size": "tiny", "batch": 32, "train_sm_ms": 396.0}
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("nothing", "which is not read"),
+        ({"tiny": 1}, "with something else"),
+        ([GOOD | {"size": "huge"}], "wanted a list of rows like .*of tiny, 6x192, 169m"),
+        ([{"size": "tiny", "train_sm_ms": 396.0}], "wanted a list of rows like"),
+        ([{"size": "tiny", "batch": 32}], "wanted a list of rows like"),
+        ([GOOD | {"train_sm_ms": "396"}], "got train_sm_ms '396' of tiny, wanted milliseconds > 0"),
+        ([GOOD | {"train_sm_ms": 0}], "got train_sm_ms 0 of tiny"),
+        ([GOOD, GOOD], "wanted each size once"),
+    ],
+)
+def test_other_rows_are_refused(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=f"--against: .*{message}") as error:
+        bench.read_times(rows_file(tmp_path, rows))
+    assert "\n" not in str(error.value)
+
+
+def test_another_batch_or_size_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("measured"))
+    file = rows_file(tmp_path, [GOOD])
+    for flags, message in (
+        (["--batch=8"], "got batch 32 at tiny, wanted that of --batch, 8"),
+        (["--size=6x192"], "got rows of tiny, wanted one of 6x192"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main([f"--against={file}", *flags])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.long

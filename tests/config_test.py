@@ -209,7 +209,7 @@ def parameters():
 OTHER = {  # values that the rest of the section allows, where a little more than the default is not one
     "model": {
         **{"heads": 6, "width": 72, "key_heads": 1, "table_rows": 4, "remat": "block", "attention": "xla"},
-        **{"dtype": "bfloat16", "param_dtype": "bfloat16"},
+        **{"dtype": "bfloat16", "param_dtype": "bfloat16", "products": "bfloat16"},
     },
     "softmask": {
         **{"scale": 0.25, "centre": -3.0, "norm": "mask", "most_if": "sure", "t_to": 0.5, "nucleus": 0.5, "levels": 3},
@@ -327,6 +327,7 @@ REACH_THE_STEP = {
     **{"model__width": 32, "model__depth": 2, "model__heads": 4, "model__cond": 4, "model__dropout": 0.1},
     **{
         "model__dtype": "bfloat16",
+        "model__products": "bfloat16",
         "model__remat": "block",
         "model__attention": "xla",
         "model__vocab_multiple": 128,

@@ -30,6 +30,7 @@ def attention(
     *,
     causal: bool = False,
     implementation: str = "auto",
+    products: str = "dtype",
 ) -> jax.Array:
     """Softmax attention with an f32 softmax: query [B, L, H, E], key and value [B, M, G, E] -> [B, L, H, E].
 
@@ -41,10 +42,11 @@ def attention(
         result at a position that is left no key is finite and means nothing.
       causal: position l sees keys <= l, where L = M.
       implementation: 'xla', or with 'auto' by the platform that the program is compiled for.
+      products: `Model.products`.
     """
     where = traced.platform() if implementation == "auto" else implementation
     if where == "cpu":
-        return cpu.attention(query, key, value, mask, causal)
+        return cpu.attention(query, key, value, mask, causal, products)
     query, key, value = checkpoint_name((query, key, value), "attention")
     if where == "tpu" and splash_fits(query, key, mask):
         return _on_each_shard(functools.partial(splash, causal=causal), query, key, value, mask)

@@ -16,19 +16,32 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from smdlm.ops import cpu
+
 Params = Any  # a nested dict of arrays
 
 
 class Head(flax.struct.PyTreeNode):
-    """The output head as plain arrays, which the readout sweeps in chunks: matrix [D, V], bias [V] f32."""
+    """The output head as plain arrays, which the readout sweeps in chunks: matrix [D, V], bias [V] f32.
+
+    Attributes:
+      products: `Model.products`.
+    """
 
     matrix: jax.Array
     bias: jax.Array
+    products: str = flax.struct.field(pytree_node=False, default="dtype")
+
+    def operands(self, hidden: jax.Array) -> Any:
+        """The type in which hidden states and matrix are multiplied."""
+        return cpu.operands(hidden.dtype, self.products)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] f32: multiplied in the type of hidden, accumulated in f32."""
-        product = jnp.dot(hidden, self.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return product + self.bias
+        """[..., D] -> [..., V] f32: multiplied in the type of hidden or as `products` says, accumulated in f32."""
+        of = self.operands(hidden)
+        if of == hidden.dtype:
+            return cpu.product(hidden, self.matrix.astype(of)) + self.bias
+        return cpu.matmul(hidden, self.matrix, of) + self.bias
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -66,6 +79,8 @@ class Model(Protocol):
       causal: position i sees positions <= i and predicts token i + 1 (AR); otherwise it predicts token i.
       tied: `table` and `head` are the same parameter.
       dtype: 'float32' or 'bfloat16', of the computation; parameters are f32.
+      products: 'dtype', or 'bfloat16': on a CPU operands of large products are rounded to it, all else stays in dtype
+        (ops/cpu.py).
       remat: 'none', 'light' or 'block', what the backward pass computes again; attention: 'auto' or 'xla'. Neither
         changes a result.
     """
@@ -75,6 +90,7 @@ class Model(Protocol):
     causal: bool
     tied: bool
     dtype: str
+    products: str
     remat: str
     attention: str
 
@@ -160,6 +176,10 @@ class Frozen(Model):
     @property
     def dtype(self) -> str:
         return self.base.dtype
+
+    @property
+    def products(self) -> str:
+        return self.base.products
 
     @property
     def remat(self) -> str:

@@ -50,7 +50,7 @@ class Decoder(Model):
         that outside it predicts in place. The first position of a call, and one behind padding, keeps its own.
       param_dtype: of the parameters; 'bfloat16' for a frozen base, 'int8' for one whose matrices are rounded to 255
         steps, each output by itself, and all else is in bfloat16.
-      dtype, remat, attention: see `Model`.
+      dtype, products, remat, attention: see `Model`.
     """
 
     vocab_size: int
@@ -67,6 +67,7 @@ class Decoder(Model):
     causal: bool = False
     shift: bool = False
     dtype: str = "float32"
+    products: str = "dtype"
     param_dtype: str = "float32"
     remat: str = "light"
     attention: str = "auto"
@@ -129,7 +130,7 @@ class Decoder(Model):
 
     def head(self, params: Params) -> Head:
         matrix = params["embed"].T if self.tied else params["head"]["kernel"]
-        return Head(matrix, jnp.zeros(self.rows, jnp.float32))
+        return Head(matrix, jnp.zeros(self.rows, jnp.float32), self.products)
 
     def cache(self, batch: int, length: int) -> KVCache:
         return KVCache.zeros(self.depth, batch, length, self.key_heads, self.head_width, self.dtype)
@@ -180,7 +181,15 @@ class Block(nn.Module):
 
         def linear(name: str, features: tuple[int, ...], *names: str, bias: bool = False, inputs: int = 1) -> Linear:
             return Linear(
-                features, names, dtype, bias=bias, inputs=inputs, init=_init, param_dtype=cfg.param_dtype, name=name
+                features,
+                names,
+                dtype,
+                bias=bias,
+                inputs=inputs,
+                init=_init,
+                param_dtype=cfg.param_dtype,
+                products=cfg.products,
+                name=name,
             )
 
         def heads(name: str, count: int, x: jax.Array) -> jax.Array:
@@ -193,7 +202,15 @@ class Block(nn.Module):
         if cache is not None:
             cache = write_cache(cache, key, value, start)
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask, causal=cfg.causal and cache is None, implementation=cfg.attention)
+        h = attention(
+            query,
+            key,
+            value,
+            mask,
+            causal=cfg.causal and cache is None,
+            implementation=cfg.attention,
+            products=cfg.products,
+        )
         h = linear("attention_out", (cfg.width,), "heads", "head", "embed", inputs=2)(h)
         x = x + checkpoint_name(h, "branch")
 

@@ -7,6 +7,7 @@ maps embeddings to hidden states and knows nothing of masks, noise or sampling.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from smdlm.mesh.traced import split_batch
 from smdlm.models.attention import attention, is_cudnn, not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
-from smdlm.models.layers import Dropout, LayerNorm, Linear, gelu, logical, rotary, uniform_fan_in
+from smdlm.models.layers import (
+    Dropout,
+    LayerNorm,
+    Linear,
+    check_choices,
+    check_sizes,
+    gelu,
+    logical,
+    rotary,
+    uniform_fan_in,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,7 @@ class DiT(Model):
         learned constant.
       dropout: on the two residual branches.
       causal: the AR baseline.
-      dtype: of the computation; parameters are f32.
+      dtype: of the computation; parameters are f32. products: see `Model`.
       remat: what the backward pass recomputes. 'none'; 'light' keeps the results of the large matrix products and
         recomputes attention weights and elementwise work, which saves memory traffic and is faster than 'none' on a CPU
         too; 'block' recomputes whole blocks.
@@ -47,26 +58,20 @@ class DiT(Model):
     dropout: float = 0.1
     causal: bool = False
     dtype: str = "float32"
+    products: str = "dtype"
     remat: str = "light"
     attention: str = "auto"
     vocab_multiple: int = 128
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "depth", "heads", "cond", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, wanted at least 1")
+        check_sizes(self, "vocab_size", "width", "depth", "heads", "cond", "vocab_multiple")
+        check_choices(self)
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"model.heads: got {self.heads} for width {self.width}, wanted heads that divide it into even widths"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: got {self.dropout}, wanted 0 <= dropout < 1")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype: got {self.dtype!r}, wanted 'float32' or 'bfloat16'")
-        if self.attention not in ("auto", "xla"):
-            raise ValueError(f"model.attention: got {self.attention!r}, wanted 'auto' or 'xla'")
-        if self.remat not in ("none", "light", "block"):
-            raise ValueError(f"model.remat: got {self.remat!r}, wanted 'none', 'light' or 'block'")
 
     @property
     def padded_vocab(self) -> int:
@@ -103,7 +108,7 @@ class DiT(Model):
         return params["embed"]
 
     def head(self, params: Params) -> Head:
-        return Head(params["head"]["kernel"], params["head"]["bias"])
+        return Head(params["head"]["kernel"], params["head"]["bias"], self.products)
 
     def cache(self, batch: int, length: int) -> KVCache:
         return KVCache.zeros(self.depth, batch, length, self.heads, self.head_width, self.dtype)
@@ -143,7 +148,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cond, positions, mask, start, cache):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        width = cfg.width
+        width, linear = cfg.width, functools.partial(Linear, dtype=dtype, products=cfg.products)
         if cfg.causal:
             shift1 = scale1 = shift2 = scale2 = 0.0
             gate1 = gate2 = 1.0
@@ -155,23 +160,31 @@ class Block(nn.Module):
 
         h = LayerNorm(dtype, name="norm1")(x, shift1, scale1)
         names = ("embed", None, "heads", "head")
-        qkv = Linear((3, cfg.heads, cfg.head_width), names, dtype, bias=False, name="qkv")(h)
+        qkv = linear((3, cfg.heads, cfg.head_width), names, bias=False, name="qkv")(h)
         # `split`, not indexing: its transpose is one concatenation, that of three slices is three padded sums.
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
         if cache is not None:
             cache = cache.write(key, value, start)
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask, causal=cfg.causal and cache is None, implementation=cfg.attention)
+        h = attention(
+            query,
+            key,
+            value,
+            mask,
+            causal=cfg.causal and cache is None,
+            implementation=cfg.attention,
+            products=cfg.products,
+        )
         names = ("heads", "head", "embed")
-        h = Linear((width,), names, dtype, bias=False, inputs=2, name="attention_out")(h)
+        h = linear((width,), names, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")
         x = x + gate1 * drop(h)
 
         h = LayerNorm(dtype, name="norm2")(x, shift2, scale2)
-        h = Linear((4 * width,), ("embed", "mlp"), dtype, name="mlp_in")(h)
+        h = linear((4 * width,), ("embed", "mlp"), name="mlp_in")(h)
         h = checkpoint_name(h, "mlp_in")
-        h = Linear((width,), ("mlp", "embed"), dtype, name="mlp_out")(gelu(h))
+        h = linear((width,), ("mlp", "embed"), name="mlp_out")(gelu(h))
         h = checkpoint_name(h, "branch")
         return split_batch(x + gate2 * drop(h)), cache
 

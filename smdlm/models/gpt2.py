@@ -6,6 +6,7 @@ Facts: the released configurations (`GPT2LMHeadModel`). A language model: positi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +40,7 @@ class GPT2(Model):
       vocab_size: V with a mask id, which GPT-2 does not use and is appended.
       positions: rows of the position table: the longest input.
       vocab_multiple: the table is padded to a multiple of this, so that it can be sharded; pad ids never predicted.
-      dtype, remat, attention: see `Model`.
+      dtype, products, remat, attention: see `Model`.
     """
 
     vocab_size: int
@@ -48,6 +49,7 @@ class GPT2(Model):
     heads: int = 12
     positions: int = 1024
     dtype: str = "float32"
+    products: str = "dtype"
     remat: str = "light"
     attention: str = "auto"
     vocab_multiple: int = 128
@@ -97,7 +99,7 @@ class GPT2(Model):
         return params["embed"]
 
     def head(self, params: Params) -> Head:
-        return Head(params["embed"].T, jnp.zeros(self.rows, jnp.float32))
+        return Head(params["embed"].T, jnp.zeros(self.rows, jnp.float32), self.products)
 
     def cache(self, batch: int, length: int) -> KVCache:
         return KVCache.zeros(self.depth, batch, length, self.heads, self.head_width, self.dtype)
@@ -127,21 +129,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, positions, mask, start, cache):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        linear = functools.partial(Linear, dtype=dtype, init=_init, products=cfg.products)
         h = LayerNorm(dtype, bias=True, name="norm1")(x)
         names = ("embed", None, "heads", "head")
-        qkv = Linear((3, cfg.heads, cfg.head_width), names, dtype, init=_init, name="qkv")(h)
+        qkv = linear((3, cfg.heads, cfg.head_width), names, name="qkv")(h)
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         if cache is not None:
             cache = write_cache(cache, key, value, start)
             key, value = cache.keys, cache.values
-        h = attention(query, key, value, mask, causal=cache is None, implementation=cfg.attention)
+        h = attention(
+            query, key, value, mask, causal=cache is None, implementation=cfg.attention, products=cfg.products
+        )
         names = ("heads", "head", "embed")
-        h = Linear((cfg.width,), names, dtype, inputs=2, init=_init, name="attention_out")(h)
+        h = linear((cfg.width,), names, inputs=2, name="attention_out")(h)
         x = x + checkpoint_name(h, "branch")
 
         h = LayerNorm(dtype, bias=True, name="norm2")(x)
-        h = checkpoint_name(Linear((4 * cfg.width,), ("embed", "mlp"), dtype, init=_init, name="mlp_in")(h), "mlp_in")
-        h = Linear((cfg.width,), ("mlp", "embed"), dtype, init=_init, name="mlp_out")(gelu(h))
+        h = checkpoint_name(linear((4 * cfg.width,), ("embed", "mlp"), name="mlp_in")(h), "mlp_in")
+        h = linear((cfg.width,), ("mlp", "embed"), name="mlp_out")(gelu(h))
         return split_batch(x + checkpoint_name(h, "branch")), cache
 
 

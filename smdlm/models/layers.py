@@ -16,16 +16,25 @@ from smdlm.models.attention import is_cudnn
 from smdlm.models.base import KVCache
 from smdlm.ops import cpu
 
-REMATS, ATTENTIONS, DTYPES = ("none", "light", "block"), ("auto", "xla"), ("float32", "bfloat16")
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16", "int8"),
+    "products": cpu.PRODUCTS,
+    "remat": ("none", "light", "block"),
+    "attention": ("auto", "xla"),
+}
 
 
 def check_choices(model: Any) -> None:
     """ValueError for a field of choices that models share; those that a model lacks are passed over."""
-    stored = (*DTYPES, "int8")
-    for name, known in {"dtype": DTYPES, "param_dtype": stored, "remat": REMATS, "attention": ATTENTIONS}.items():
+    for name, known in CHOICES.items():
         if hasattr(model, name) and getattr(model, name) not in known:
             wanted = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
             raise ValueError(f"model.{name}: got {getattr(model, name)!r}, wanted {wanted}")
+    if getattr(model, "products", "dtype") == "bfloat16" and model.attention == "xla":
+        raise ValueError(
+            "model.products: got 'bfloat16' with attention 'xla', which multiplies in dtype, wanted attention 'auto'"
+        )
 
 
 def check_sizes(model: Any, *names: str) -> None:
@@ -158,6 +167,7 @@ class Linear(nn.Module):
       zero: zero at the start, else `init`, by default torch's.
       param_dtype: of the stored kernel and bias; an int8 kernel has a parameter 'scale' [*features] beside it, f32, and
         a bias in bfloat16.
+      products: `Model.products`, for the large ones.
     """
 
     features: tuple[int, ...]
@@ -168,6 +178,7 @@ class Linear(nn.Module):
     inputs: int = 1
     init: nn.initializers.Initializer | None = None
     param_dtype: Any = jnp.float32
+    products: str = "dtype"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -179,7 +190,7 @@ class Linear(nn.Module):
         split = self.names.index("embed") if "embed" in self.names else None
         kernel = traced.gather(kernel.astype(self.dtype), split)
         x = x.astype(self.dtype)
-        out = cpu.tensordot(x, kernel, self.inputs)
+        out = cpu.tensordot(x, kernel, self.inputs, self.products)
         # Vectors are not split over fsdp: gathering one costs more than it saves.
         names = [None if name == "embed" else name for name in self.names[self.inputs :]]
         if quantised:

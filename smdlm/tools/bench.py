@@ -1,4 +1,5 @@
 """Speed and memory: python -m smdlm.tools.bench [--size=tiny|6x192|169m|all] [--batch=N] [--repeats=N] [--json=FILE]
+[--products=bfloat16] [--against=FILE]
 
 Times whole train steps (dropout, backward pass, AdamW, EMA) with binary masks and with soft-masking at every step, one
 bare forward (all logits of all positions), and the sampler per forward, averaged over a whole trajectory from all masks
@@ -6,6 +7,10 @@ to none with top-p 0.9 and feedback. Variants are interleaved and medians taken:
 within one run mean something. Each size runs in its own process, so that the peak memory of training is its own. A
 second line says what a soft-masked step is spent on, and on an accelerator (in bf16) which share of its peak is used.
 There the sampler and the bare forward get 64 canvases, whatever the batch of training is.
+
+--against reads the times of another program, which it took by itself, and prints how many times as long it takes: rows
+as --json writes them, of which 'size', 'batch' and the times in ms that it has are looked at. docs/performance.md says
+how such a comparison is made.
 
 python -m smdlm.tools.performance writes these figures, those of meshes and of accelerators to docs/performance.md.
 """
@@ -29,13 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from smdlm import command, startup
+from smdlm import command, files, startup
 from smdlm.denoiser import Denoiser
 from smdlm.feedback.gates import EntropyGate
 from smdlm.mesh.chips import chip_of
 from smdlm.mesh.rules import MeshConfig, batch_sharding, param_shardings, state_shardings
 from smdlm.models import MODELS
 from smdlm.objective import SoftMaskedDiffusion
+from smdlm.ops.cpu import PRODUCTS
 from smdlm.ops.filters import Filters
 from smdlm.optimizer import OptimizerConfig, init_state, make_optimizer
 from smdlm.readout import Readout
@@ -61,6 +67,7 @@ class Size:
     chunk: int
     steps: int
     dtype: str = "float32"
+    products: str = "dtype"
     canvases: int = 0
 
 
@@ -83,8 +90,8 @@ def _timed(fn: Callable[[], Any]) -> float:
 def model(size: Size) -> tuple[Denoiser, Readout]:
     """A soft-masked DiT of this size, with a gate that is open from the start."""
     multiple = 1 if size.vocab < 1024 else 128
-    sizes = {"width": size.width, "depth": size.depth, "heads": size.heads, "dtype": size.dtype}
-    net = MODELS["dit"](vocab_size=size.vocab, vocab_multiple=multiple, **sizes)
+    fields = ("width", "depth", "heads", "dtype", "products")
+    net = MODELS["dit"](size.vocab, vocab_multiple=multiple, **{name: getattr(size, name) for name in fields})
     denoiser = Denoiser(net, size.vocab, size.vocab - 1, SoftMask(gate=EntropyGate(0.5, -2.0, 2.0)))
     return denoiser, Readout(k=3, chunk=size.chunk)
 
@@ -212,22 +219,63 @@ COLUMNS = (
 )
 
 
-def measured(name: str, repeats: int = 0, batch: int = 0) -> dict[str, Any]:
+TIMES = ("train_binary_ms", "train_sm_ms", "forward_ms", "sampler_step_ms")  # what another program is compared by
+
+
+def measured(name: str, repeats: int = 0, batch: int = 0, products: str = "dtype") -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, "-m", "smdlm.tools.bench", "--row", f"--size={name}", f"--repeats={repeats}"]
-    out = subprocess.run([*command, f"--batch={batch}"], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+    command += [f"--batch={batch}", f"--products={products}"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def _row(name: str, repeats: int, batch: int) -> dict[str, Any]:
+def _row(name: str, repeats: int, batch: int, products: str) -> dict[str, Any]:
     """The row of a size on this process's device."""
-    size = SIZES[name]
+    size = dataclasses.replace(SIZES[name], products=products)
     if jax.default_backend() != "cpu":
         size = dataclasses.replace(size, **ACCELERATOR)
     if batch:
         size = dataclasses.replace(size, batch=batch)
     measured = measure(size, repeats or (4 if name == "169m" else 20))
-    return {"size": name, "batch": size.batch, "device": jax.devices()[0].device_kind, **measured}
+    about = {"size": name, "batch": size.batch, "products": products, "device": jax.devices()[0].device_kind}
+    return {**about, **measured}
+
+
+def read_times(file: Path) -> dict[str, dict[str, Any]]:
+    """{size: row} of another program. ValueError, one line, for what is no list of rows with times of these sizes."""
+    wanted = f'wanted a list of rows like {{"size": "tiny", "batch": 32, "{TIMES[0]}": 263.0}}'
+    try:
+        rows = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--against: got {file}, which is not read ({files.one_line(error)}), {wanted}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"--against: got {file} with something else, {wanted}")
+    for row in rows:
+        name, times = str(row.get("size")), {column: row[column] for column in TIMES if column in row}
+        if name not in SIZES or "batch" not in row or not times:
+            raise ValueError(f"--against: got the row {row}, {wanted}, of {', '.join(SIZES)}")
+        for column, time_ms in times.items():
+            if isinstance(time_ms, bool) or not isinstance(time_ms, (int, float)) or not 0 < time_ms < float("inf"):
+                raise ValueError(f"--against: got {column} {time_ms!r} of {name}, wanted milliseconds > 0")
+    if len(found := {row["size"]: row for row in rows}) < len(rows):
+        raise ValueError(f"--against: got {[row['size'] for row in rows]}, wanted each size once")
+    return found
+
+
+def check_batches(sizes: list[str], batch: int, other: dict[str, dict[str, Any]]) -> None:
+    """ValueError, one line, unless the other program has a row of one of the sizes, and the same batch in each."""
+    shared = [name for name in sizes if name in other]
+    if not shared:
+        raise ValueError(f"--against: got rows of {', '.join(other) or 'nothing'}, wanted one of {', '.join(sizes)}")
+    for name in shared:
+        if (theirs := other[name]["batch"]) != (ours := batch or SIZES[name].batch):
+            raise ValueError(f"--against: got batch {theirs!r} at {name}, wanted that of --batch, {ours}")
+
+
+def ratio_line(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """How many times as long the other program takes: above 1 this one is faster."""
+    shared = [column for column in TIMES if column in other]
+    return "  against: " + ", ".join(f"{c} {other[c]:.2f}, {other[c] / row[c]:.2f} times ours" for c in shared)
 
 
 def _share_line(row: dict[str, Any]) -> str:
@@ -243,27 +291,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=[*SIZES, "all"], default="tiny")
     parser.add_argument("--repeats", type=int, default=0, help="timed train steps of each kind; 0: 20, or 4 at 169m")
     parser.add_argument("--batch", type=int, default=0, help="examples of a training step; 0: the size's own")
+    parser.add_argument("--products", choices=PRODUCTS, default="dtype", help="model.products, for a CPU")
+    parser.add_argument("--against", type=Path, help="rows of another program (JSON), to print ratios to")
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)  # child process: one row as JSON
     args = parser.parse_args(argv)
     for name in ("repeats", "batch"):
         if getattr(args, name) < 0:
             parser.error(f"--{name}: got {getattr(args, name)}, wanted at least 1 (or 0 for the default)")
-    if args.json:
-        try:
+    sizes, other = (list(SIZES) if args.size == "all" else [args.size]), {}
+    try:
+        if args.json:
             command.check_file("--json", Path(args.json))
-        except ValueError as error:
-            parser.error(str(error))
+        if args.against:
+            other = read_times(args.against)
+            check_batches(sizes, args.batch, other)
+    except ValueError as error:
+        parser.error(str(error))
     if args.row:
         startup.keep_memory()
-        print(json.dumps(_row(args.size, args.repeats, args.batch)))
+        print(json.dumps(_row(args.size, args.repeats, args.batch, args.products)))
         return
     rows = []
     print(f"{'size':8}" + "".join(f"{name:>22}" for name in COLUMNS), flush=True)
-    for name in SIZES if args.size == "all" else [args.size]:
-        rows.append(measured(name, args.repeats, args.batch))
+    for name in sizes:
+        rows.append(measured(name, args.repeats, args.batch, args.products))
         print(f"{name:8}" + "".join(f"{rows[-1][column]:22.2f}" for column in COLUMNS), flush=True)
         print(_share_line(rows[-1]), flush=True)
+        if name in other:
+            print(ratio_line(rows[-1], other[name]), flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

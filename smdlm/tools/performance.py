@@ -136,6 +136,44 @@ Medians of interleaved runs in ms. On a shared machine only the ratios mean some
 over a binary one, and a sampler's step over a bare forward pass with all logits.
 
 {cpu}
+### Products in bfloat16
+
+`model.products=bfloat16` rounds the operands of large products (the maps of the blocks, attention, the head) on a
+CPU; everything between them, all sums, the parameters and the optimizer stay in float32. It is meant for a CPU with
+bfloat16 instructions (`avx512_bf16` or `amx_bf16` in `/proc/cpuinfo`): others have to imitate them.
+`model.dtype=bfloat16` also rounds what is between the products, which at small sizes costs a CPU more time than it
+saves. Measured as CPU time on one core with `avx512_bf16`, in turns, the least of several steps: how many times as fast
+as float32.
+
+| size | binary step | soft-masked step |
+| --- | --- | --- |
+| tiny | 1.4 | 1.4 |
+| 6x192 | 1.6 | 1.5 |
+
+Whether it costs loss: `python -m smdlm.main --mode=study --config=configs/products.py`, five seeds in pairs.
+
+### Against another program
+
+```bash
+taskset -c 0,1 python -m smdlm.tools.bench --size=all --products=bfloat16 --json=ours.json --against=theirs.json
+```
+
+`theirs.json` has a row for each size of whoever runs the other program: `size` and `batch` as here, and of the times in
+ms those that it has.
+
+```json
+[{{"size": "tiny", "batch": 32, "train_binary_ms": 263.0, "train_sm_ms": 396.0}},
+ {{"size": "169m", "batch": 1, "train_binary_ms": 5227.0, "train_sm_ms": 7241.0, "sampler_step_ms": 5186.0}}]
+```
+
+A ratio above 1 says that the other one takes longer. The same work: the sizes are those of `smdlm/tools/bench.py`
+(width, depth, heads, length, batch, vocabulary); a train step is forward and backward pass with dropout 0.1, clipping,
+AdamW and EMA, for `train_sm_ms` with soft-masking at every step; `sampler_step_ms` is a whole trajectory from all masks
+to none with top-p 0.9 and feedback, divided by its forward passes. The same machine: both on the same cores
+(`taskset`), float32 parameters, as many threads as cores, medians of at least ten steps (four at 169m) after the first,
+the two programs in turns rather than one after the other, and nothing else running: else only the ratio of the least
+times means something.
+
 ## Meshes
 
 The tiny model on devices forced out of one CPU: the largest relative difference of the losses of {steps}
