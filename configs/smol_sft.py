@@ -12,10 +12,10 @@ binary:                 --config.softmask.p_sm=0.0
 DoRA beside the frozen: --config.adapter.kind=dora --config.optimizer.lr=1e-3
 on a GPU:               --config.data.batch_size=32 --config.train.steps=2000 --config.model.dtype=bfloat16
 
-Expect 7.9 nats per token before the first update and 5.0 after 300 updates of 4 x 128 tokens (an hour of one core), with
-two passes little less than with one. So short a run shows that the whole way works on real weights, and can not show what
-soft-masking is worth; smol_study.py compares it with the binary control. `gain_nats_per_token` is the paired difference
-of the two passes on held-out docstrings.
+Expect 7.9 nats per token before the first update and 5.0 after 300 updates of 4 x 128 tokens (an hour of one core),
+with two passes little less than with one. So short a run shows that the whole way works on real weights, and can not
+show what soft-masking is worth; smol_study.py compares it with the binary control. `gain_nats_per_token` is the paired
+difference of the two passes on held-out docstrings.
 """
 
 import ml_collections
