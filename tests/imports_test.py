@@ -135,6 +135,13 @@ def test_libraries_stay_where_they_belong(library):
             assert any(name == owner or name.startswith(owner + ".") for owner in ONLY[library]), name
 
 
+@pytest.mark.parametrize("library", ["grain", "matplotlib", "tensorflow_datasets", "pyarrow"])
+def test_what_sampling_does_not_need_is_imported_where_it_is_used(library):
+    """`smdlm.load("miniature")` to the first samples is a matter of seconds, and each of these takes half of one."""
+    for name in MODULES:
+        assert all(other.split(".")[0] != library for other in imports(name, ast.iter_child_nodes)), name
+
+
 def test_nobody_outside_models_knows_a_model():
     """Others know the protocol and the table of names; a conversion knows the model of its own table of keys."""
     for name in MODULES:

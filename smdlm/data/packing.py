@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import grain
 import numpy as np
 
 from smdlm import files
@@ -100,7 +100,9 @@ class RecordBlocks(Sequence):
         return np.frombuffer(record, self._dtype).astype(np.int32)
 
 
-def _open_shard(file: Path, blocks: int) -> grain.sources.ArrayRecordDataSource:
+def _open_shard(file: Path, blocks: int) -> Sequence[bytes]:
+    import grain
+
     with _naming(file):
         shard = grain.sources.ArrayRecordDataSource([str(file)])
     if len(shard) != blocks:  # sizes are padded, so that many shards have the same
@@ -191,3 +193,11 @@ def read_manifest(folder: Path, prepare_command: str) -> dict:
             f"sizes of {MANIFEST}: delete the folder and run {prepare_command}"
         )
     return manifest
+
+
+def prefetched(source: Any) -> Iterator[Any]:
+    """A grain iterator over a random-access source, read ahead by two threads."""
+    import grain  # here and not above: half a second, which a program that only samples need not wait for
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))

@@ -13,13 +13,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 from absl import logging
 
 from smdlm.data.config import DataConfig, spec_of
 from smdlm.data.documents import Document, NoText
-from smdlm.data.packing import block_dtype
+from smdlm.data.packing import block_dtype, prefetched
 from smdlm.data.readers import key_bytes, printable
 from smdlm.data.split import with_splits
 from smdlm.data.tokenizer import make_tokenizer
@@ -77,9 +76,7 @@ class ChatData:
 
     def train_batches(self, *, batch_size: int, seed: int, start: int, rows: np.ndarray) -> Iterator[Batch]:
         """Batches without an end from number `start` on, of each the given rows; n depends on (seed, n) alone."""
-        source = _Batches(self, batch_size, seed, start, rows)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        return prefetched(_Batches(self, batch_size, seed, start, rows))
 
     def eval_batches(self, blocks: int, batch_size: int) -> Iterator[Batch]:
         """Once through the first `blocks` conversations of validation, in order, all padded to data.seq_len."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -20,6 +19,7 @@ from smdlm.data.packing import (
     RecordBlocks,
     block_dtype,
     here,
+    prefetched,
     read_manifest,
     too_short,
 )
@@ -155,7 +155,7 @@ def _load_prepared(config: DataConfig) -> TextData:
 class _LocalBatches:
     """The rows `local` of every global batch from `start` on, as a random-access source."""
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, local: np.ndarray):
+    def __init__(self, rows: Any, batch_size: int, start: int, local: np.ndarray):
         self._rows, self._batch_size, self._start, self._local = rows, batch_size, start, local
         self._seq_len = len(rows[0])
 
@@ -208,10 +208,11 @@ def batches(
         raise ValueError(f"batches: got rows {local.tolist()}, wanted some of 0 .. {batch_size - 1}")
     if start < 0:
         raise ValueError(f"batches: got start {start}, wanted the number of a batch, 0 or more")
+    import grain
+
     stream = grain.MapDataset.source(blocks).seed(seed)
     if shuffle:
         stream = stream.shuffle()
     if repeat:
         stream = stream.repeat()
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.source(_LocalBatches(stream, batch_size, start, local)).to_iter_dataset(options))
+    return prefetched(_LocalBatches(stream, batch_size, start, local))
