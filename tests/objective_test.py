@@ -184,7 +184,7 @@ def test_full_variant_learns_its_temperature(params, example):
     feedback = full.attach(dense_feedback(denoiser, params, example), jax.jit(denoiser)(params, example.canvas))
     wanted = dense_loss_and_grads(denoiser, params, example, feedback)
     got = jax.jit(jax.value_and_grad(lambda p: objective(p, example, jnp.bool_(True), None)[0]))(params)
-    assert_close(got, wanted, rtol=1e-3, atol=3e-5)
+    assert_close(got, wanted, rtol=1e-3, atol=3e-4)  # of gradients up to 50
     assert abs(float(got[1]["softmask"]["raw_temperature"])) > 1e-5
 
 
