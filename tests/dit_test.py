@@ -162,7 +162,7 @@ def test_remat_changes_nothing(bidirectional):
 
     wanted = grads()
     for changes in ({"remat": "light"}, {"remat": "block"}):
-        assert_close(grads(**changes), wanted, rtol=1e-4, atol=1e-4)
+        assert_close(grads(**changes), wanted, rtol=1e-3, atol=1e-3)  # of gradients up to 50
 
 
 def test_remat_recomputes(bidirectional):

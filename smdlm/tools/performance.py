@@ -155,7 +155,7 @@ Whether it costs loss: `python -m smdlm.main --mode=study --config=configs/produ
 ### Against another program
 
 ```bash
-taskset -c 0,1 python -m smdlm.tools.bench --size=all --products=bfloat16 --json=ours.json --against=theirs.json
+python -m smdlm.tools.bench --size=all --products=bfloat16 --json=ours.json --against=theirs.json
 ```
 
 `theirs.json` has a row for each size of whoever runs the other program: `size` and `batch` as here, and of the times in

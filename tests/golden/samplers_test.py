@@ -12,7 +12,7 @@ from golden.models import MDLM
 from smdlm.ops.filters import Filters
 from smdlm.sampling.policies import Policy, Times
 
-MASSES = Group("sampler masses", 2e-7)
+MASSES = Group("sampler masses", 3e-7)
 NUCLEUS = Group("nucleus", 1e-6)
 BFLOAT16 = 2.0**-7 / MASSES.tolerance  # size for arrays of 8 bits: ours, in f32, at that precision
 
