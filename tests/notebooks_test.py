@@ -24,7 +24,7 @@ def test_a_notebook_was_saved_with_its_outputs(path):
     assert path.stat().st_size < 1_500_000
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, monkeypatch):
     """In a checkout's folder, in a kernel of its own, each cell in at most five minutes."""
