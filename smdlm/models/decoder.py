@@ -15,18 +15,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm.mesh.traced import split_batch
-from smdlm.models.attention import attention
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
 from smdlm.models.layers import (
     Linear,
     RMSNorm,
+    attend,
     causal_slots,
     check_choices,
     check_sizes,
     logical,
     rotary,
     scanned,
-    write_cache,
 )
 
 _init = nn.initializers.normal(0.02)
@@ -199,18 +198,7 @@ class Block(nn.Module):
         query = rotary(heads("q", cfg.heads, h), positions, cfg.rope_base)
         key = rotary(heads("k", cfg.key_heads, h), positions, cfg.rope_base)
         value = heads("v", cfg.key_heads, h)
-        if cache is not None:
-            cache = write_cache(cache, key, value, start)
-            key, value = cache.keys, cache.values
-        h = attention(
-            query,
-            key,
-            value,
-            mask,
-            causal=cfg.causal and cache is None,
-            implementation=cfg.attention,
-            products=cfg.products,
-        )
+        h, cache = attend(cfg, query, key, value, mask, start, cache)
         h = linear("attention_out", (cfg.width,), "heads", "head", "embed", inputs=2)(h)
         x = x + checkpoint_name(h, "branch")
 

@@ -17,12 +17,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm.mesh.traced import split_batch
-from smdlm.models.attention import attention, is_cudnn, not_after
+from smdlm.models.attention import is_cudnn, not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
 from smdlm.models.layers import (
     Dropout,
     LayerNorm,
     Linear,
+    attend,
     check_choices,
     check_sizes,
     gelu,
@@ -164,18 +165,7 @@ class Block(nn.Module):
         # `split`, not indexing: its transpose is one concatenation, that of three slices is three padded sums.
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
         query, key = rotary(query, positions), rotary(key, positions)
-        if cache is not None:
-            cache = cache.write(key, value, start)
-            key, value = cache.keys, cache.values
-        h = attention(
-            query,
-            key,
-            value,
-            mask,
-            causal=cfg.causal and cache is None,
-            implementation=cfg.attention,
-            products=cfg.products,
-        )
+        h, cache = attend(cfg, query, key, value, mask, start, cache)
         names = ("heads", "head", "embed")
         h = linear((width,), names, bias=False, inputs=2, name="attention_out")(h)
         h = checkpoint_name(h, "branch")

@@ -15,18 +15,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm.mesh.traced import split_batch
-from smdlm.models.attention import attention
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
 from smdlm.models.layers import (
     LayerNorm,
     Linear,
+    attend,
     causal_slots,
     check_choices,
     check_sizes,
     gelu,
     logical,
     scanned,
-    write_cache,
 )
 
 _init = nn.initializers.normal(0.02)
@@ -134,12 +133,7 @@ class Block(nn.Module):
         names = ("embed", None, "heads", "head")
         qkv = linear((3, cfg.heads, cfg.head_width), names, name="qkv")(h)
         query, key, value = (jnp.squeeze(part, 2) for part in jnp.split(qkv, 3, axis=2))
-        if cache is not None:
-            cache = write_cache(cache, key, value, start)
-            key, value = cache.keys, cache.values
-        h = attention(
-            query, key, value, mask, causal=cache is None, implementation=cfg.attention, products=cfg.products
-        )
+        h, cache = attend(cfg, query, key, value, mask, start, cache)
         names = ("heads", "head", "embed")
         h = linear((cfg.width,), names, inputs=2, name="attention_out")(h)
         x = x + checkpoint_name(h, "branch")

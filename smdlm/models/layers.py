@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smdlm.mesh import traced
-from smdlm.models.attention import is_cudnn
+from smdlm.models.attention import attention, is_cudnn
 from smdlm.models.base import KVCache
 from smdlm.ops import cpu
 
@@ -248,10 +248,26 @@ def scanned(block: type[nn.Module], remat: str, depth: int) -> Callable[..., nn.
     )
 
 
-def write_cache(cache: KVCache, key: jax.Array, value: jax.Array, start: jax.Array | int) -> KVCache:
-    """One layer's cache [B, M, G, E] with the keys and values [B, L, G, E] of the slots from `start`."""
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    return KVCache(write(cache.keys, key), write(cache.values, value))
+def attend(
+    model: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    start: jax.Array | int,
+    cache: KVCache | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """A layer's attention, as the fields of its model say: (values [B, L, H, E], cache).
+
+    With a cache the queries see its slots, of which those from `start` are replaced by key and value, and the mask says
+    which, also in a causal model. Other arguments as in `attention`.
+    """
+    if cache is not None:
+        cache = cache.write(key, value, start)
+        key, value = cache.keys, cache.values
+    causal = model.causal and cache is None
+    kinds = {"implementation": model.attention, "products": model.products}
+    return attention(query, key, value, mask, causal=causal, **kinds), cache
 
 
 def causal_slots(cache: KVCache, slots: jax.Array) -> jax.Array:
