@@ -15,6 +15,7 @@ from configs import tiny
 
 def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
+    config.model.products = "dtype"  # what docs/lab.md has was measured in float32
     config.data.update(source="lab:markov:64:1:0", tokenizer="bytes")
     config.train.steps = 800
     config.sampling = dict(policy="mdlm", steps=64, temperature=1.0, top_p=1.0, count=8, seed=0)

@@ -16,6 +16,7 @@ from configs import tiny
 
 def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
+    config.model.products = "dtype"  # what docs/miniature.md has was measured in float32
     config.data = dict(source="stdlib:prose", tokenizer="bpe:512", seq_len=64, batch_size=32)
     config.train.update(steps=1600, log_every=100, save_every=1600)
     config.eval = dict(metrics="likelihood,decoding_steps", blocks=1024, batch_size=128)

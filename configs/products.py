@@ -2,7 +2,7 @@
 
 python -m smdlm.main --mode=study --config=configs/products.py
 
-Both runs are configs/tiny.py to its end, with the same five seeds, data and masks; `bfloat16` has products='bfloat16'.
+Both runs are configs/tiny.py to its end, with the same five seeds, data and masks; `float32` has products='dtype'.
 The page (runs/products/study.md) compares nats per token on the same blocks with the same masks, so that the difference
 has the interval of the pairs. The same command continues a killed study. Ten runs of a few minutes each.
 """
@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval = dict(blocks=512, batch_size=128)
     config.sampling = dict(policy="mdlm", steps=16, temperature=1.0, top_p=0.9, count=16, seed=0)
     config.study = dict(
-        runs=dict(float32=dict(), bfloat16=dict(model=dict(products="bfloat16"))),
+        runs=dict(float32=dict(model=dict(products="dtype")), bfloat16=dict()),
         baseline="float32",
         grids=dict(samples=dict(steps=16)),
         metrics="likelihood",

@@ -1,4 +1,4 @@
-"""A small soft-masked MDLM on the prose of the installed Python's docstrings, in under five minutes on two CPU cores.
+"""A small soft-masked MDLM on the prose of the installed Python's docstrings, in under four minutes on two CPU cores.
 
 python -m smdlm.main --config=configs/tiny.py
 
@@ -13,6 +13,8 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = dict(width=128, depth=4, heads=4, cond=32, dropout=0.0, remat="light", vocab_multiple=1)
+    # Costs no loss at this size (configs/products.py) and a third of the time, on a CPU with bfloat16 instructions.
+    config.model.products = "bfloat16"
     config.data = dict(source="stdlib:prose", tokenizer="bpe:1024", seq_len=64, batch_size=32)
     config.softmask = dict(p_sm=0.8, k=3, scale=0.12, centre=-2.0, steepness=2.0)
     config.readout = dict(chunk=512)

@@ -29,8 +29,6 @@ from smdlm.sampling.ar import ARSampler
 from smdlm.sampling.loop import Sampler
 from smdlm.train import make_train_step
 
-QUICK = {"xla_backend_optimization_level": 1}  # for a program that runs once, on a CPU
-
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -106,9 +104,7 @@ class Experiment:
     def init_state(self) -> TrainState:
         """A fresh state from random parameters."""
         key = jax.random.key(self.config.train.seed)
-        # At a small size most of its time is that of compiling it, so that a new run starts a second earlier.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return jax.jit(self._init, out_shardings=self.shardings(), compiler_options=QUICK if on_cpu else None)(key)
+        return jax.jit(self._init, out_shardings=self.shardings())(key)
 
     def start_from(self, params: Any) -> TrainState:
         """A fresh state from the network's weights and omega, {'backbone', 'softmask'}: these, or adapters of them."""

@@ -22,7 +22,7 @@ from configs import tiny
 
 def get_config():
     config = tiny.get_config()
-    config.model.update(width=16, depth=2, heads=2, cond=8, dropout=0.1, vocab_multiple=4)
+    config.model.update(width=16, depth=2, heads=2, cond=8, dropout=0.1, vocab_multiple=4, products="dtype")
     config.data = dict(source="text:FOLDER/corpus/*.txt", tokenizer="bpe:260", seq_len=16, batch_size=8)
     config.eval = dict(blocks=8, batch_size=4, chain=0)
     config.sampling.update(steps=4, count=2)
