@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -239,8 +240,18 @@ def test_generative_perplexity_needs_a_scorer(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_study_continues(tmp_path, monkeypatch, capsys):
-    """Cells whose values are gone are scored again from their samples, without the weights; a new metric likewise."""
+    """Cells whose values are gone are scored again from their samples, without the weights; a new metric likewise.
+    The programs of a run are let go at its end: a process may not have any number of them."""
+    train, held = study._train, {}
+
+    def counted(cell, folder):
+        held[cell.name] = len(jax.devices()[0].client.live_executables())
+        train(cell, folder)
+
+    monkeypatch.setattr(study, "_train", counted)
     study.run(study_config(), tmp_path)
+    _, last_of_binary, first_of_softmask, _ = held.values()
+    assert first_of_softmask < last_of_binary
     printed = capsys.readouterr().out
     assert "4 of 4 cells" in printed and (tmp_path / "study.md").read_text() in printed
     assert len(list((tmp_path / "cells").glob("*.jsonl"))) == len(list((tmp_path / "cells").glob("*.npz"))) == 4

@@ -58,6 +58,9 @@ def run(given: Any, workdir: Path) -> None:
             print(f"cell {cell.name}: done, {left} of {len(cells)} left, {seconds:.0f} s", flush=True)
             if left and missing[number].folder != cell.folder:
                 _write_page(study, cells, judge, workdir)
+                # The programs of a run are not used again. Linux limits the pieces of memory that a process may have
+                # (vm.max_map_count), and after some forty runs LLVM got none for the next program.
+                jax.clear_caches()
         print(_write_page(study, cells, judge, workdir))
 
 
