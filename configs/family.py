@@ -3,8 +3,9 @@
 python -m smdlm.main --mode=study --config=configs/family.py
 
 A Markov chain of 16 symbols, 32 tokens, width 64, two layers, 400 updates: 40 minutes for all on one core. Runs that
-need no training sample the weights of another one; docs/family.md has what was measured. Expect one line per idea in runs/family/study.md: excess nats per token over the true entropy rate at 4, 8 and 32 steps for 32 tokens, and
-the difference to the binary model's with the interval of the pairs.
+need no training sample the weights of another one; docs/family.md has what was measured. Expect one line per idea in
+runs/family/study.md: excess nats per token over the true entropy rate at 4, 8 and 32 steps for 32 tokens, and the
+difference to the binary model's with the interval of the pairs.
 """
 
 import ml_collections
