@@ -170,7 +170,7 @@ pass one under `no_grad`. Its forms: float32, autocast to bf16, and at the tiny 
 Several figures in a field are several runs; the machine's speed changed by a third between them, so that neighbours in
 time are compared. Peak memory of training, GiB, the fastest forms: tiny .57 and .90, 6x192 .82 and 1.6, 169m 4.8 and
 5.9 (4.6 in float32): XLA keeps more there than PyTorch does. It grows in a long run: soft-masked training at 169m held
-4.7 GiB after 3 updates and 8.4 after 12, for a reason that is not known yet.
+4.7 GiB after 3 updates and 8.4 after 12; without `startup.keep_memory` 4.6 after both.
 
 At 6x192 half of a step is not spent on products. What was tried there and brought less than 4 %: the layers unrolled
 instead of scanned, sums of weight gradients split over examples, factors of attention saved as they were rounded (kept:
