@@ -168,15 +168,16 @@ pass one under `no_grad`. Its forms: float32, autocast to bf16, and at the tiny 
 | | sampler, per forward | | 4740 | | | 2105 | 1068 | 4.4 |
 
 Several figures in a field are several runs; the machine's speed changed by a third between them, so that neighbours in
-time are compared. Peak memory of training, GiB, the fastest forms: tiny .57 and .90, 6x192 .82 and 1.6, 169m 4.8 and
-5.9 (4.6 in float32): XLA keeps more there than PyTorch does. It grows in a long run: soft-masked training at 169m held
-4.7 GiB after 3 updates and 8.4 after 12; without `startup.keep_memory` 4.6 after both.
+time are compared. Peak memory of the whole bench in training, GiB, theirs and ours in the fastest forms: tiny .57 and
+.90, 6x192 .82 and 1.6, 169m 4.8 and 5.9 (4.6 in float32). It grows in a long run: soft-masked training alone at 169m
+held 4.7 after 3 updates and 8.4 after 12; without `startup.keep_memory` 4.6 after both.
 
-At 6x192 half of a step is not spent on products. What was tried there and brought less than 4 %: the layers unrolled
-instead of scanned, sums of weight gradients split over examples, factors of attention saved as they were rounded (kept:
-it takes less memory). A layer norm kept out of its product made the forward pass 1.4 times as fast and the step 3 %. At
-the small sizes the sampler's time is that of its forward pass; at 169m the public sampler sorts the vocabulary and
-draws Gumbel noise in float64 for all positions.
+At 6x192 half of a step is not spent on products. Three changes were tried there, CPU time on one core, the least of
+five steps, binary and soft-masked: the layers unrolled instead of scanned (739 to 731 ms, 874 to 977), sums of weight
+gradients split over examples (739 to 708, 874 to 847), and, kept, a layer norm apart from its product together with
+factors of attention saved as they were rounded (915 to 885, 1123 to 1044; the forward pass 199 to 157). At the small
+sizes the sampler's time is that of its forward pass; at 169m the public sampler sorts the vocabulary and draws Gumbel
+noise in float64 for all positions.
 
 ### Against another program
 
