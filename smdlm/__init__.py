@@ -13,6 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from smdlm import memory
+
+memory.use_huge_pages()
+
 __all__ = ["Trained", "load"]
 
 

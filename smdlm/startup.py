@@ -1,10 +1,8 @@
-"""What a process does before it builds anything: join its peers, agree with them, keep compiled programs and memory."""
+"""What a process does before it builds anything: join its peers, agree with them, and keep compiled programs."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib.util
 import logging as stdlib_logging
 import os
 import secrets
@@ -17,6 +15,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from smdlm import memory
 from smdlm.files import is_url, local_path, write
 
 
@@ -27,7 +26,7 @@ def prepare(compiled: Path) -> None:
     if jax.config.jax_enable_x64:
         logging.warning("JAX_ENABLE_X64 is set and is ignored: smdlm computes in 32 and 16 bits")
         jax.config.update("jax_enable_x64", False)
-    keep_memory()
+    memory.return_after_compiling()
     keep_compiled(compiled)
 
 
@@ -100,36 +99,3 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", chosen)
-
-
-HEAP = 2**33  # bytes of address space asked for huge pages; only what is used becomes memory
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory and Linux to back it with huge pages; does nothing on other platforms.
-
-    XLA's CPU backend allocates all temporaries of a step anew, above glibc's mmap threshold, so that every step pays
-    the page faults of its whole working set again: measured, 470 ms -> 290 ms for a training step of the tiny model.
-    One arena, because the others are capped at 64 MiB and fall back to mmap. Huge pages: 850 -> 720 ms at
-    (width 192, 6 layers, L 256, B 16).
-    """
-    # Asking jax for its backend would start threads, which keep the memory arenas they were born with.
-    accelerators = any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
-    if jax.config.jax_platforms != "cpu" and accelerators:
-        return
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        mallopt, madvise = libc.mallopt, libc.madvise
-        malloc, free = libc.malloc, libc.free
-    except (OSError, AttributeError):
-        return  # not glibc
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    for name, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)):
-        mallopt(name, value)
-    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if heap := malloc(HEAP):
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = -(-heap // page) * page
-        madvise(start, HEAP - page, 14)  # MADV_HUGEPAGE; an error means small pages
-        free(heap)

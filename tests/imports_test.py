@@ -13,7 +13,7 @@ PACKAGE = ROOT / "smdlm"
 # The tower, ground floor first. A module imports from floors below its own and, without a cycle, from its own; the
 # longest prefix that names it is its floor.
 FLOORS = [
-    ["smdlm.buckets", "smdlm.files", "smdlm.command", "smdlm.startup"],
+    ["smdlm.buckets", "smdlm.files", "smdlm.command", "smdlm.memory", "smdlm.startup"],
     ["smdlm.mesh"],
     ["smdlm.ops"],
     ["smdlm.models.base"],

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from smdlm import command, files, startup
+from smdlm import command, files, memory
 from smdlm.denoiser import Denoiser
 from smdlm.feedback.gates import EntropyGate
 from smdlm.mesh.chips import chip_of
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if args.row:
-        startup.keep_memory()
+        memory.return_after_compiling()
         print(json.dumps(_row(args.size, args.repeats, args.batch, args.products)))
         return
     rows = []
