@@ -12,6 +12,7 @@ from configs import lab
 
 def get_config() -> ml_collections.ConfigDict:
     config = lab.get_config()
+    config.model.products = "bfloat16"
     config.data.update(source="lab:sums:1:0", seq_len=56)
     config.train.update(steps=3000, log_every=200, save_every=3000)
     config.study.grids = dict(nfe=dict(count=512, steps=(7, 14, 28, 56)))
