@@ -155,22 +155,47 @@ Both programs in turns on the same two cores (avx512_bf16, no AMX, a shared mach
 the public MDLM and soft-masked MDLM modules with float32 parameters, `scaled_dot_product_attention`, fused AdamW and
 pass one under `no_grad`. Its forms: float32, autocast to bf16, and at the tiny size `torch.compile` of both.
 
-| size | | PyTorch | bf16 | compiled | compiled bf16 | ours | products bf16 | best PyTorch over ours |
+| size | | PyTorch | bf16 | compiled | compiled bf16 | ours | products bf16 | best over ours |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| tiny | binary step | 320, 404 | 416 | 391 | 379 | 342 | 204, 219, 261 | 1.5 to 1.9 |
-| | soft-masked step | 483, 570 | 560 | 525 | 479 | 426 | 242, 269, 285 | 1.8 to 2.0 |
-| | sampler, per forward | 121, 146 | 126 | 137 | 117 | 78 | 43, 51, 52 | 2.4 to 2.7 |
-| 6x192 | binary step | 971 | 705, 763 | | | 1001 | 654, 688 | 1.0 to 1.2 |
-| | soft-masked step | 1402 | 933, 988 | | | 1225 | 820, 829 | 1.1 to 1.2 |
-| | sampler, per forward | 236 | 194, 219 | | | 245 | 116 | 1.7 to 1.9 |
-| 169m | binary step | | 4586 | | | 6423 | 3167 | 1.4 |
-| | soft-masked step | | 5897 | | | 8406 | 4262 | 1.4 |
-| | sampler, per forward | | 4740 | | | 2105 | 1068 | 4.4 |
+| tiny | binary step | 248, 258, 320 | 299, 416 | 243, 391 | 379 | 274, 342 | 191, 191, 204, 219, 261 | 1.3 to 1.9 |
+| | soft-masked step | 370, 373, 483 | 393, 560 | 341, 525 | 479 | 332, 426 | 224, 230, 242, 269, 285 | 1.5 to 2.0 |
+| | sampler, per forward | 92, 107, 121, 146 | 93, 126 | 89, 137 | 117 | 66, 78 | 31, 32, 43, 51, 52 | 2.4 to 2.8 |
+| 6x192 | binary step | 971 | 619, 705, 763 | | | 1001 | 529, 530, 654, 688 | 1.0 to 1.2 |
+| | soft-masked step | 1402 | 865, 933, 988 | | | 1225 | 582, 669, 820, 829 | 1.1 to 1.5 |
+| | sampler, per forward | 236 | 152, 194, 219 | | | 245 | 90, 105, 116 | 1.4 to 1.9 |
+| 169m | binary step | | 3597, 4420, 4586 | | | 6423 | 3167, 3747, 3821, 4965 | .9 to 1.4 |
+| | soft-masked step | | 4617, 6563, 5897 | | | 8406 | 4262, 4607, 4735, 6412 | 1.0 to 1.4 |
+| | sampler, per forward | | 4557, 5038, 4740 | | | 2105 | 1068, 1308, 1314, 1345 | 3.5 to 4.4 |
 
-Several figures in a field are several runs; the machine's speed changed by a third between them, so that neighbours in
-time are compared. Peak memory of the whole bench in training, GiB, theirs and ours in the fastest forms: tiny .57 and
-.90, 6x192 .82 and 1.6, 169m 4.8 and 5.9 (4.6 in float32). It grows in a long run: soft-masked training alone at 169m
-held 4.7 after 3 updates and 8.4 after 12; without `startup.keep_memory` 4.6 after both.
+Several figures in a field are several runs; the machine's speed changed by a third and more between them, so that
+neighbours in time are compared. The highest ratios of 169m are those of the kept heap (below).
+
+### Memory
+
+Peak memory of the bench in training, GiB, theirs and ours in the fastest forms: tiny .58 (bf16), .71 (compiled)
+against .77, of which the compiler has its share (.54 when the compiled program is found in the cache); 6x192 .82
+against .85 to .89; 169m 4.81 against 4.33. 50 soft-masked updates at 169m alone: between 3.66 and 4.23 after 1, 3, 6,
+12, 25 and 50 of them, peak 4.28.
+
+XLA's CPU backend takes the temporaries of a step from `malloc` and frees them at its end, which costs page faults.
+Ways that were measured, two cores, all with products in bfloat16 (medians of few steps on a noisy machine: single
+figures differ by a quarter):
+
+| | tiny, ms | 6x192, ms | 169m, ms, soft-masked | memory, GiB (after updates) |
+| --- | --- | --- | --- | --- |
+| glibc as it is | 299, 348 | 669, 778 | 6422 | flat |
+| kept heap in huge pages | 198-279, 247-333 | 572-691, 710-879 | 4552-5140 | .88 to 1.18 (25); 4.7 to 8.4 (12) |
+| blocks from 32 MiB outside of it | 235, 290 | 673, 880 | | .91 to 1.05 (12) |
+| kept heap, no caches of small blocks | 204, 251 | | | .91 to 1.19 (25) |
+| jemalloc that keeps freed blocks | | | 4386 | 5.0 to 6.3 (3) |
+| tcmalloc | | | 5670 | 4.7 to 6.0 (3) |
+| **huge pages, given back** | 217-269, 258-315 | 566-720, 672-862 | 4752-6278 | flat, at most 4.6 |
+
+"Kept" means that freed blocks are not given back. The last row is what programs do (`smdlm/memory.py`): at the small
+sizes as fast as the heap, at 169m about a tenth slower, and flat. What compiling took is given back as well, which is
+.3 GiB at every size.
+
+### Where the time goes
 
 At 6x192 half of a step is not spent on products. Three changes were tried there, CPU time on one core, the least of
 five steps, binary and soft-masked: the layers unrolled instead of scanned (739 to 731 ms, 874 to 977), sums of weight
