@@ -1,6 +1,7 @@
 """How programs use the memory of their host: huge pages for large blocks, and nothing kept of what compiling took."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,29 +32,36 @@ glibc = pytest.mark.skipif(not memory._glibc(), reason="needs glibc")
 
 
 def run(tmp_path, *words, **environment):
-    """What a Python program prints that has a package `probe`, which imports smdlm, in its folder."""
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "__init__.py").write_text("import smdlm")
-    (tmp_path / "probe" / "show.py").write_text(SHOW)
+    """What a Python program prints in a folder with `smdlm.show` and `other.show`, which imports smdlm."""
+    for package in ("smdlm", "other"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "show.py").write_text(SHOW)
+    for file in ("__init__.py", "memory.py"):
+        shutil.copy(ROOT / "smdlm" / file, tmp_path / "smdlm")
+    (tmp_path / "other" / "__init__.py").write_text("import smdlm")
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment = {**inherited, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    environment = {**inherited, "PYTHONPATH": str(tmp_path), **environment}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stderr == "", done
     return done.stdout
 
 
 @glibc
-def test_a_program_runs_with_huge_pages_and_all_that_it_was_given(tmp_path):
-    stdout = run(tmp_path, "-X", "utf8", "-m", "probe.show", "--mode=train", "two words", "-m")
+@pytest.mark.parametrize("module", [["-m", "smdlm.show"], ["-msmdlm.show"], ["-Bmsmdlm.show"]])
+def test_a_program_runs_with_huge_pages_and_all_that_it_was_given(tmp_path, module):
+    stdout = run(tmp_path, "-X", "utf8", *module, "--mode=train", "two words", "-m")
     assert stdout == "glibc.malloc.hugetlb=1 1 --mode=train two words -m\n"
 
 
 def test_settings_that_are_there_stay(tmp_path):
-    assert run(tmp_path, "-m", "probe.show", GLIBC_TUNABLES="glibc.malloc.check=0") == "glibc.malloc.check=0 0\n"
+    assert run(tmp_path, "-m", "smdlm.show", GLIBC_TUNABLES="glibc.malloc.check=0") == "glibc.malloc.check=0 0\n"
 
 
-def test_a_process_that_only_imports_the_package_is_left_alone(tmp_path):
-    assert run(tmp_path, "-c", f"import probe; {SHOW}", "-m", "smdlm.main") == "None 0 -m smdlm.main\n"
+@pytest.mark.parametrize("program", [["-c", f"import smdlm; {SHOW}"], ["-m", "other.show"]])
+def test_another_program_that_imports_the_package_is_left_alone(tmp_path, program):
+    assert run(tmp_path, *program, "-m", "smdlm.main") == "None 0 -m smdlm.main\n"
 
 
 @glibc
