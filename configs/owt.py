@@ -25,7 +25,15 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = dict(
-        width=768, depth=12, heads=12, cond=128, dropout=0.1, dtype="bfloat16", remat="light", vocab_multiple=128
+        width=768,
+        depth=12,
+        heads=12,
+        cond=128,
+        dropout=0.1,
+        dtype="bfloat16",
+        remat="light",
+        unroll=True,
+        vocab_multiple=128,
     )
     config.data = dict(
         source="prepared:data/owt", tokenizer="gpt2", seq_len=1024, batch_size=512, framing="bos_eos", seed=0

@@ -161,7 +161,7 @@ def test_remat_changes_nothing(bidirectional):
         return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(other(p, x)))))(params)
 
     wanted = grads()
-    for changes in ({"remat": "light"}, {"remat": "block"}):
+    for changes in ({"remat": "light"}, {"remat": "block"}, {"unroll": True}, {"remat": "none", "unroll": True}):
         assert_close(grads(**changes), wanted, rtol=1e-3, atol=1e-3)  # of gradients up to 50
 
 

@@ -49,7 +49,7 @@ class Decoder(Model):
         that outside it predicts in place. The first position of a call, and one behind padding, keeps its own.
       param_dtype: of the parameters; 'bfloat16' for a frozen base, 'int8' for one whose matrices are rounded to 255
         steps, each output by itself, and all else is in bfloat16.
-      dtype, products, remat, attention: see `Model`.
+      dtype, products, remat, unroll, attention: see `Model`.
     """
 
     vocab_size: int
@@ -69,6 +69,7 @@ class Decoder(Model):
     products: str = "dtype"
     param_dtype: str = "float32"
     remat: str = "light"
+    unroll: bool = False
     attention: str = "auto"
     vocab_multiple: int = 128
 
@@ -227,7 +228,7 @@ class Network(nn.Module):
             positions = slots
         if mask is None and cache is not None and cfg.causal:
             mask = causal_slots(cache, slots)
-        blocks = scanned(Block, cfg.remat, cfg.depth)(cfg, name="blocks")
+        blocks = scanned(Block, cfg, shared=3)(cfg, name="blocks")
         x, cache = blocks(split_batch(x.astype(dtype)), positions, mask, start, cache)
         return RMSNorm(cfg.eps, dtype, stored, name="norm")(x), cache
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from smdlm.mesh.traced import split_batch
-from smdlm.models.attention import is_cudnn, not_after
+from smdlm.models.attention import not_after
 from smdlm.models.base import Head, KVCache, MatrixAxes, Model, Params
 from smdlm.models.layers import (
     Dropout,
@@ -29,6 +29,7 @@ from smdlm.models.layers import (
     gelu,
     logical,
     rotary,
+    scanned,
     uniform_fan_in,
 )
 
@@ -48,6 +49,7 @@ class DiT(Model):
       remat: what the backward pass recomputes. 'none'; 'light' keeps the results of the large matrix products and
         recomputes attention weights and elementwise work, which saves memory traffic and is faster than 'none' on a CPU
         too; 'block' recomputes whole blocks.
+      unroll: see `Model`.
       attention: 'auto' takes the kernel of the platform's library where one fits, 'xla' what XLA makes of the formula.
     """
 
@@ -61,6 +63,7 @@ class DiT(Model):
     dtype: str = "float32"
     products: str = "dtype"
     remat: str = "light"
+    unroll: bool = False
     attention: str = "auto"
     vocab_multiple: int = 128
 
@@ -201,23 +204,7 @@ class Network(nn.Module):
         else:
             sigma = jnp.zeros(1) if cond is None else cond  # without time conditioning once for the whole batch
             cond = jax.nn.silu(SigmaMap(cfg.cond, dtype, name="sigma_map")(sigma))
-        block = Block
-        if cfg.remat == "block":
-            block = nn.remat(Block, prevent_cse=False)  # inside a scan CSE is no danger
-        elif cfg.remat == "light":
-            saved = jax.checkpoint_policies.save_from_both_policies(
-                jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in"), is_cudnn
-            )
-            block = nn.remat(Block, prevent_cse=False, policy=saved)
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=cfg.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        blocks = scan(cfg, self.deterministic, name="blocks")
+        blocks = scanned(Block, cfg, shared=4)(cfg, self.deterministic, name="blocks")
         x, cache = blocks(split_batch(x.astype(dtype)), cond, positions, mask, start, cache)
         x = Final(cfg, name="final")(x, cond)
         HeadParams(cfg, name="head")()

@@ -39,7 +39,7 @@ class GPT2(Model):
       vocab_size: V with a mask id, which GPT-2 does not use and is appended.
       positions: rows of the position table: the longest input.
       vocab_multiple: the table is padded to a multiple of this, so that it can be sharded; pad ids never predicted.
-      dtype, products, remat, attention: see `Model`.
+      dtype, products, remat, unroll, attention: see `Model`.
     """
 
     vocab_size: int
@@ -50,6 +50,7 @@ class GPT2(Model):
     dtype: str = "float32"
     products: str = "dtype"
     remat: str = "light"
+    unroll: bool = False
     attention: str = "auto"
     vocab_multiple: int = 128
     causal = True
@@ -164,6 +165,6 @@ class Network(nn.Module):
         if mask is None and cache is not None:
             mask = causal_slots(cache, slots)
         x = (x + jnp.take(table, positions, axis=0)).astype(dtype)
-        blocks = scanned(Block, cfg.remat, cfg.depth)(cfg, name="blocks")
+        blocks = scanned(Block, cfg, shared=3)(cfg, name="blocks")
         x, cache = blocks(split_batch(x), positions, mask, start, cache)
         return LayerNorm(dtype, bias=True, name="norm")(x), cache

@@ -226,24 +226,26 @@ def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, inputs: int) -> 
     return jnp.sqrt(jnp.square(total).sum(tuple(range(inputs))))
 
 
-def scanned(block: type[nn.Module], remat: str, depth: int) -> Callable[..., nn.Module]:
-    """A class like `block`, whose `depth` layers run in a scan over stacked parameters and slices of the cache.
+def scanned(block: type[nn.Module], model: Any, shared: int) -> Callable[..., nn.Module]:
+    """A class like `block`, whose `model.depth` layers run in a scan over stacked parameters and slices of the cache.
 
-    A block is called with (x, positions, mask, start, cache) and returns (x, its filled cache). What the backward pass
-    computes again is `Model.remat`: 'light' keeps the results that the block names 'attention', 'branch' and 'mlp_in'.
+    A block is called with x, `shared` arguments that are the same for all layers, and its slice of the cache; it
+    returns (x, that slice, filled). What the backward pass computes again is `Model.remat`: 'light' keeps the results
+    that the block names 'attention', 'branch' and 'mlp_in'.
     """
-    if remat == "block":
+    if model.remat == "block":
         block = nn.remat(block, prevent_cse=False)  # inside a scan CSE is no danger
-    elif remat == "light":
+    elif model.remat == "light":
         names = jax.checkpoint_policies.save_only_these_names("attention", "branch", "mlp_in")
         saved = jax.checkpoint_policies.save_from_both_policies(names, is_cudnn)
         block = nn.remat(block, prevent_cse=False, policy=saved)
     return nn.scan(
         block,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
-        length=depth,
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * shared + (0,),
+        length=model.depth,
+        unroll=model.depth if model.unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 

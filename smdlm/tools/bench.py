@@ -68,12 +68,13 @@ class Size:
     steps: int
     dtype: str = "float32"
     products: str = "dtype"
+    unroll: bool = False
     canvases: int = 0
 
 
 # Of every size on an accelerator: a pass over a chunk's logits shall outweigh starting a kernel, and a step commit few
 # of the masked positions, as in a real trajectory.
-ACCELERATOR = {"dtype": "bfloat16", "chunk": 2048, "canvases": 64, "steps": 32}
+ACCELERATOR = {"dtype": "bfloat16", "unroll": True, "chunk": 2048, "canvases": 64, "steps": 32}
 SIZES = {
     "tiny": Size(128, 4, 4, 128, 32, 258, 512, 32),
     "6x192": Size(192, 6, 6, 256, 16, 258, 512, 16),
@@ -90,7 +91,7 @@ def _timed(fn: Callable[[], Any]) -> float:
 def model(size: Size) -> tuple[Denoiser, Readout]:
     """A soft-masked DiT of this size, with a gate that is open from the start."""
     multiple = 1 if size.vocab < 1024 else 128
-    fields = ("width", "depth", "heads", "dtype", "products")
+    fields = ("width", "depth", "heads", "dtype", "products", "unroll")
     net = MODELS["dit"](size.vocab, vocab_multiple=multiple, **{name: getattr(size, name) for name in fields})
     denoiser = Denoiser(net, size.vocab, size.vocab - 1, SoftMask(gate=EntropyGate(0.5, -2.0, 2.0)))
     return denoiser, Readout(k=3, chunk=size.chunk)

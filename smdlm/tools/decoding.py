@@ -92,6 +92,8 @@ class Case:
 
 def decoder_of(size: str, block: int, cache: str, soft: bool) -> BlockDecoder:
     fields = SIZES[size]
+    if jax.default_backend() != "cpu":  # there a 7B fits in half precision alone
+        fields = {**fields, "dtype": "bfloat16", "param_dtype": "bfloat16"}
     model = MODELS["decoder"](**fields)
     softmask = SoftMask(gate=EntropyGate(0.5, -2.0, 2.0))
     denoiser = Denoiser(model, model.vocab_size, model.vocab_size - 1, softmask)
