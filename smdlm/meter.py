@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import time
@@ -74,6 +75,35 @@ class Meter:
     def tokens_per_s(self) -> float:
         """Over all steps; 0 if only one was run."""
         return self._tokens_per_step * self._all_steps / self._seconds if self._all_steps else 0.0
+
+
+class Stopwatch:
+    """Inside a `with`; behind it `seconds` says how long that took, without the time in which jax compiled."""
+
+    def __enter__(self) -> Stopwatch:
+        self._compiled = _compilations()
+        self._first, self._begin = len(self._compiled), time.time()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds, reached = time.time() - self._begin, self._begin
+        # One compilation may hold others: no moment is taken off twice.
+        for begin, end in sorted(self._compiled[self._first :]):
+            self.seconds -= max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+
+
+@functools.cache
+def _compilations() -> list[tuple[float, float]]:
+    """(begin, end) of whatever jax traces, lowers and compiles from the first call on."""
+    found: list[tuple[float, float]] = []
+
+    def noted(event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            found.append((time.time() - seconds, time.time()))
+
+    jax.monitoring.register_event_duration_secs_listener(noted)
+    return found
 
 
 def profiled_steps(spec: str) -> tuple[int, int]:

@@ -144,13 +144,15 @@ def score(
 
 
 def work(made: Experiment, file: Path, batch: int) -> dict[str, Any]:
-    """What samples cost, as their file tells: forwards per sample and their FLOPs, seconds of all (compiling too)."""
-    calls = [json.loads(line) for line in file.read_text("utf-8").splitlines()[::batch]]
+    """What samples cost, as their file tells: forwards per sample and their FLOPs, seconds of all without compiling."""
+    lines = file.read_text("utf-8").splitlines()
+    calls = [json.loads(line) for line in lines[::batch]]
     if not all({"forwards", "wall_s"} <= call.keys() for call in calls):
-        return {"forwards": None, "flops_per_sample": None, "wall_s": None}
+        return {"forwards": None, "flops_per_sample": None, "wall_s": None, "samples_per_s": None}
     forwards = float(np.mean([call["forwards"] for call in calls]))
     wall_s = sum(call["wall_s"] for call in calls)
-    return {"forwards": forwards, "flops_per_sample": forwards * flops(made), "wall_s": wall_s}
+    cost = {"forwards": forwards, "flops_per_sample": forwards * flops(made)}
+    return {**cost, "wall_s": wall_s, "samples_per_s": len(calls) * batch / wall_s}
 
 
 def draw(made: Experiment, params: Any, protocol: Protocol, file: Path) -> None:
@@ -162,9 +164,8 @@ def draw(made: Experiment, params: Any, protocol: Protocol, file: Path) -> None:
         if there >= end:
             continue
         seed = int(np.random.SeedSequence([protocol.seed, number]).generate_state(1)[0])
-        begin = time.monotonic()
         sampled = experiment.fill(made, params, canvas, seed)
-        shared = {"seed": protocol.seed, "call": number, "wall_s": time.monotonic() - begin}
+        shared = {"seed": protocol.seed, "call": number, "wall_s": sampled.seconds}
         rows = experiment.sample_records(made, sampled)[: end - start]
         rows = [{**row, "number": start + i, **shared} for i, row in enumerate(rows)]
         append(file, rows[max(0, there - start) :])  # of a call that was cut off only the rest

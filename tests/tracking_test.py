@@ -16,7 +16,7 @@ from smdlm import meter
 from smdlm.io import tracking
 from smdlm.io.writer import Writer
 from smdlm.mesh.chips import CHIPS, chip_of
-from smdlm.meter import Meter, Profile
+from smdlm.meter import Meter, Profile, Stopwatch
 from smdlm.train import TrainConfig, Training, run
 
 
@@ -185,3 +185,19 @@ def test_an_upload_that_hangs_ends_no_run_late(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "WAIT", 0.05)
     tracked(monkeypatch, tmp_path / "run", fake)  # returns
     hung.set()
+
+
+def test_a_stopwatch_leaves_out_what_was_compiled(monkeypatch):
+    """Compilations inside of one another count once; those from before, and what lies before its start, not at all."""
+    noted, clock = [(-5.0, -1.0)], iter((0.0, 10.0))
+    monkeypatch.setattr(meter, "_compilations", lambda: noted)
+    monkeypatch.setattr(meter.time, "time", lambda: next(clock))
+    with Stopwatch() as watch:
+        noted += [(2.0, 3.0), (1.0, 4.0), (5.0, 6.0), (5.5, 7.0), (-1.0, 0.5)]
+    assert watch.seconds == 10 - (3 + 2 + 0.5)
+
+
+def test_compilations_are_noted():
+    before = len(meter._compilations())
+    jax.jit(lambda x: x + 23.0)(jnp.ones(5))
+    assert len(meter._compilations()) > before

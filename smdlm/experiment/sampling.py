@@ -18,6 +18,7 @@ from smdlm.evaluate.text import words
 from smdlm.files import local_path
 from smdlm.io import viewer
 from smdlm.mesh.arrays import fetch
+from smdlm.meter import Stopwatch
 from smdlm.sampling.blocks import BlockDecoder
 from smdlm.sampling.generate import Generated, Generator, Prompt
 from smdlm.sampling.loop import Sampler
@@ -33,11 +34,13 @@ class Sampled:
     Attributes:
       texts: with the prompts in them. ids: [B, L] i32.
       forwards: passes really run (the nominal NFE is sampling.steps).
+      seconds: of the sampler, without compiling it.
     """
 
     texts: list[str]
     ids: np.ndarray
     forwards: int
+    seconds: float
 
 
 def subject(experiment: Experiment, params: Any) -> Subject:
@@ -89,9 +92,10 @@ def prompt_ids(experiment: Experiment) -> np.ndarray:
 
 def fill(experiment: Experiment, params: Any, canvas: np.ndarray, seed: int) -> Sampled:
     """Fills the masks of a canvas [B, L] i32 with the experiment's sampler."""
-    samples = experiment.sampler(params, jax.random.key(seed), experiment.place(canvas))
-    ids = fetch(samples.tokens)
-    return Sampled([experiment.vocabulary.decode(row) for row in ids], ids, int(samples.forwards))
+    with Stopwatch() as watch:
+        samples = experiment.sampler(params, jax.random.key(seed), experiment.place(canvas))
+        ids = fetch(samples.tokens)
+    return Sampled([experiment.vocabulary.decode(row) for row in ids], ids, int(samples.forwards), watch.seconds)
 
 
 def watch(experiment: Experiment, params: Any) -> dict[str, Trace]:

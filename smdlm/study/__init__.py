@@ -102,11 +102,9 @@ def _sample(cell: Cell, folder: Path, file: Path) -> None:
     made, checkpointer = _assembled(cell, folder), experiment.checkpointer_of(folder)
     with jax.set_mesh(made.mesh):
         params, _ = experiment.restore(made, checkpointer, cell.config.sampling.omega)
-        begin = time.time()
         sampled = experiment.sample(made, params)
     checkpointer.close()
-    seconds = round(time.time() - begin, 2)
-    records = [record | {"wall_s": seconds} for record in experiment.sample_records(made, sampled)]
+    records = [record | {"wall_s": round(sampled.seconds, 3)} for record in experiment.sample_records(made, sampled)]
     write(file, "".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -123,15 +123,17 @@ def _over_seeds(numbers: Sequence[tuple[float, float]]) -> Number:
 
 
 def _other_values(study: Study, done: Sequence[Done]) -> list[str]:
-    """A table of study.show for every run and way to sample; s: seconds to sample a cell, compilation included."""
-    lines = [_row(["run", "sampling", *study.show, "forwards", "s"]), _row(["---"] * (len(study.show) + 4))]
+    """A table of study.show for every run and way to sample, and the sampler's speed, without compiling it."""
+    lines = [_row(["run", "sampling", *study.show, "forwards", "samples/s"]), _row(["---"] * (len(study.show) + 4))]
     for run, changed in itertools.product(study.runs, study.settings()):
         here = [cell.record for cell in done if cell.run == run and cell.changed == changed]
         if not here:
             continue
         means = [np.mean([record.value(name).mean for record in here]) for name in study.show]
-        speed = [f"{np.mean([record.about[name] for record in here]):.0f}" for name in ("forwards", "wall_s")]
-        lines.append(_row([run, spelled(changed), *(f"{mean:.3f}" for mean in means), *speed]))
+        forwards = f"{np.mean([record.about['forwards'] for record in here]):.0f}"
+        speeds = [record.about.get("samples_per_s") for record in here]  # records of older versions have none
+        speed = "-" if None in speeds else f"{np.mean(speeds):.1f}"
+        lines.append(_row([run, spelled(changed), *(f"{mean:.3f}" for mean in means), forwards, speed]))
     return lines
 
 
