@@ -277,7 +277,11 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     """
     path = local_path("--config", path)
     spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or not path.exists():
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--config: got {path}, which is not there (from {Path.cwd()}), wanted a Python file, e.g. configs/tiny.py"
+        )
+    if spec is None:
         raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
     _let_import_neighbours(path)
     module = importlib.util.module_from_spec(spec)
