@@ -19,10 +19,7 @@ RUNS = dict(
     **{name: family.WITHOUT_TRAINING[name] for name in ("free_lerp", "lrd", "dinfer", "entropy_bound")},
     remdm_subs=dict(softmask=OPEN, sampling=dict(policy="remdm_cap")),
     remdm_raw=dict(softmask=OPEN, sampling=dict(policy="remdm_cap", feedback_source="raw")),
-    **{
-        name: family.TRAINING[name]
-        for name in ("k_1", "k_all", "lam_03", "p_sm_1", "slerp", "add", "hidden", "project")
-    },
+    **{name: family.TRAINING[name] for name in ("k_1", "k_all", "lam_03", "p_sm_1", "slerp", "add")},
 )
 
 

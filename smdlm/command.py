@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import gc
 import importlib.util
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import app, flags
@@ -117,8 +122,21 @@ def run(
             main(*argv[1:])
 
     plain_output()
+    signal.signal(signal.SIGINT, _interrupt)
     define_flags()
     app.run(guarded, flags_parser=parse)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt, from where it is heard: Python passes over what the callbacks of its garbage collector raise,
+    of which jax has one, so in there it is tried again in a moment."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            threading.Timer(0.01, _thread.interrupt_main).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -128,7 +146,8 @@ def told() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        # After an interrupted compilation the usual exit, which takes jax apart, is a segmentation fault.
+        _exit(130, at_once="jax" in sys.modules)
     except Exception as error:
         if not is_users(error):
             raise
@@ -150,11 +169,18 @@ def is_users(error: BaseException) -> bool:
 def fail(error: BaseException) -> None:
     """One line (a mismatch lists its leaves below it), exit status 2."""
     print(f"error: {message(error)}", file=sys.stderr)
+    # With several processes the usual exit would wait for the others, which may be waiting for this one.
     distributed = sys.modules.get("jax") and sys.modules["jax"].distributed.is_initialized()
-    if distributed:  # the usual exit would wait for the other processes, which may be waiting for this one
+    _exit(2, at_once=bool(distributed))
+
+
+def _exit(status: int, at_once: bool) -> None:
+    """at_once: without what Python does at its end."""
+    if at_once:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)
-    sys.exit(2)
+        os._exit(status)
+    sys.exit(status)
 
 
 # The ends of absl's texts for a value of the wrong type, and what is wanted then.
