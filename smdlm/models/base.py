@@ -83,9 +83,6 @@ class Model(Protocol):
         (ops/cpu.py).
       remat: 'none', 'light' or 'block', what the backward pass computes again; attention: 'auto' or 'xla'. Neither
         changes a result.
-      unroll: False compiles one layer and runs it in a loop; True compiles every layer, in about `depth` / 4 times the
-        time, and what the backward pass needs is not copied into and out of arrays of all layers: on GPUs a training
-        step of 169M parameters takes 12 % less (docs/gpu.md), on CPUs more.
     """
 
     vocab_size: int
@@ -95,7 +92,6 @@ class Model(Protocol):
     dtype: str
     products: str
     remat: str
-    unroll: bool
     attention: str
 
     def init(self, key: jax.Array) -> Params:
@@ -188,10 +184,6 @@ class Frozen(Model):
     @property
     def remat(self) -> str:
         return self.base.remat
-
-    @property
-    def unroll(self) -> bool:
-        return self.base.unroll
 
     @property
     def attention(self) -> str:

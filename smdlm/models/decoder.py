@@ -49,7 +49,7 @@ class Decoder(Model):
         that outside it predicts in place. The first position of a call, and one behind padding, keeps its own.
       param_dtype: of the parameters; 'bfloat16' for a frozen base, 'int8' for one whose matrices are rounded to 255
         steps, each output by itself, and all else is in bfloat16.
-      dtype, products, remat, unroll, attention: see `Model`.
+      dtype, products, remat, attention: see `Model`. unroll: see `layers.scanned`.
     """
 
     vocab_size: int

@@ -49,7 +49,7 @@ class DiT(Model):
       remat: what the backward pass recomputes. 'none'; 'light' keeps the results of the large matrix products and
         recomputes attention weights and elementwise work, which saves memory traffic and is faster than 'none' on a CPU
         too; 'block' recomputes whole blocks.
-      unroll: see `Model`.
+      unroll: see `layers.scanned`.
       attention: 'auto' takes the kernel of the platform's library where one fits, 'xla' what XLA makes of the formula.
     """
 

@@ -39,7 +39,7 @@ class GPT2(Model):
       vocab_size: V with a mask id, which GPT-2 does not use and is appended.
       positions: rows of the position table: the longest input.
       vocab_multiple: the table is padded to a multiple of this, so that it can be sharded; pad ids never predicted.
-      dtype, products, remat, unroll, attention: see `Model`.
+      dtype, products, remat, attention: see `Model`. unroll: see `layers.scanned`.
     """
 
     vocab_size: int
