@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from smdlm import memory
+from smdlm import memory, program
 
 memory.use_huge_pages()
+if program.starting():
+    program.end_by_one_line()
 
 __all__ = ["Trained", "load"]
 

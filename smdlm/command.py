@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
-import gc
 import importlib.util
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from smdlm import buckets
+from smdlm import buckets, program
 from smdlm.files import is_url, local_path, one_line, plain_output, write
 
 # What absl, ml_collections and a config file raise for a user's mistake.
@@ -74,7 +69,7 @@ examples
 exit status
   0    done, or stopped by a signal with everything saved: the same command continues
   2    a mistake in the command, its data or its files: one line that says what was got and wanted
-  130  ended at once by a second Ctrl-C
+  130  ended at once by Ctrl-C, in training by the second one: the first saves and stops, with status 0
   1    a fault of the program, with a traceback
 """
 
@@ -122,32 +117,16 @@ def run(
             main(*argv[1:])
 
     plain_output()
-    signal.signal(signal.SIGINT, _interrupt)
+    program.end_by_one_line()
     define_flags()
     app.run(guarded, flags_parser=parse)
 
 
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt, from where it is heard: Python passes over what the callbacks of its garbage collector raise,
-    of which jax has one, so in there it is tried again in a moment."""
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks:
-            threading.Timer(0.01, _thread.interrupt_main).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Ends a program by one line where a user's mistake, or Ctrl-C, ends what it does: exit status 2, or 130."""
+    """Ends a program by one line, exit status 2, where a user's mistake ends what it does."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        # After an interrupted compilation the usual exit, which takes jax apart, is a segmentation fault.
-        _exit(130, at_once="jax" in sys.modules)
     except Exception as error:
         if not is_users(error):
             raise
@@ -169,18 +148,10 @@ def is_users(error: BaseException) -> bool:
 def fail(error: BaseException) -> None:
     """One line (a mismatch lists its leaves below it), exit status 2."""
     print(f"error: {message(error)}", file=sys.stderr)
-    # With several processes the usual exit would wait for the others, which may be waiting for this one.
     distributed = sys.modules.get("jax") and sys.modules["jax"].distributed.is_initialized()
-    _exit(2, at_once=bool(distributed))
-
-
-def _exit(status: int, at_once: bool) -> None:
-    """at_once: without what Python does at its end."""
-    if at_once:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    if distributed:  # the usual exit would wait for the other processes, which may be waiting for this one
+        program.leave(2)
+    sys.exit(2)
 
 
 # The ends of absl's texts for a value of the wrong type, and what is wanted then.

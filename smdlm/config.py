@@ -412,6 +412,7 @@ def _checked(
         wanted = getattr(fields[name].type, "__name__", fields[name].type)
         kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[wanted]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = {"bool": "true or false"}.get(wanted, wanted)
             raise ValueError(f"config.{section}.{name}: got {value!r}, wanted {wanted}")
     return {**{n: f.default for n, f in fields.items()}, **values, **shared}
 

@@ -21,6 +21,7 @@ from smdlm.train import NonFinite
 FREE_SECTIONS = {"sampling", "generate", "eval", "mesh"}
 FREE_FIELDS = {f"train.{name}" for name in ("steps", "log_every", "save_every", "eval_every", "keep", "accumulate")}
 FREE_FIELDS |= {"train.init_import", "train.profile", "train.wandb"}  # the weights imported are those of init_from
+FREE_FIELDS |= {"model.remat", "model.unroll", "model.attention"}  # up to rounding
 DIVERGED = "diverged"  # a file in the workdir: training ended with NaN or inf, and waits for another optimizer
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import re
 import sys
+
+from smdlm import program
 
 TUNABLES = "GLIBC_TUNABLES"
 SLOW = 0.5  # seconds; giving back takes 0.05 to 0.1
@@ -21,10 +22,7 @@ def use_huge_pages() -> None:
     sets within 25 steps. Does nothing without glibc, where GLIBC_TUNABLES is set already, or in a process that is not
     such a program. Must run before anything else.
     """
-    # While Python looks for the module of `-m` it has "-m" in argv, and the package is imported on the way. What comes
-    # before the module's own arguments is its name, or `-mNAME`.
-    named = sys.argv[:1] == ["-m"] and re.search(r"^(-\w*m)?smdlm\.", sys.orig_argv[-len(sys.argv)])
-    if not named or TUNABLES in os.environ or not _glibc():
+    if not program.starting() or TUNABLES in os.environ or not _glibc():
         return
     os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"  # since glibc 2.35; older ones ignore it
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -107,7 +107,9 @@ def score(
     if config.chat:
         raise ValueError("--mode=score: got a run on conversations, wanted one on running text (see --mode=generate)")
     protocol = protocol.filled(config.data.seq_len, config.sampling.steps, config.data.tokenizer)
-    judge = load_scorer(scorer, scorer_config) if scorer and protocol.scorer != "" else None
+    if scorer and protocol.scorer == "":
+        raise ValueError(f"--scorer: got {scorer} for the protocol {protocol.name}, which has no scorer, wanted none")
+    judge = load_scorer(scorer, scorer_config) if scorer else None
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **protocol.sampling()))
     sampler = {name: config.sampling.described[name] for name in ("use_feedback", "feedback_source", "policy")}
     drawn = {"protocol": protocol.drawn(), "sampler": sampler, "checkpoint": found.checkpoint()}

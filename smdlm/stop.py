@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from smdlm import program
+
 
 class StopSignal:
     """Notices SIGTERM (preemption on pods and clusters) and the first Ctrl-C, inside a `with`.
@@ -40,10 +42,13 @@ class StopSignal:
 
     def _interrupt(self, *_: Any) -> None:
         if self._interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+            program.stopped()
         self._interrupted = True
-        print("stopping after this update; Ctrl-C again ends at once, without a checkpoint", file=sys.stderr)
+        print(
+            "stopping after this update (the first one is compiled before that); Ctrl-C again ends at once, without a "
+            "checkpoint",
+            file=sys.stderr,
+        )
         os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:

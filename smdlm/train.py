@@ -241,7 +241,7 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
                     raise _non_finite(f"{bad} after step {step}", checkpointer)
                 data = {"next_index": step, "pending": list(pending)}
                 checkpointer.save(step, state, data=data, meta=training.meta())
-            if stopped and not last:
+            if stopped:
                 writer.close()
                 check_saved(checkpointer, step)
                 logging.warning("stopped by a signal at step %d; the same command continues", step)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -100,7 +98,8 @@ def test_a_wrong_type_is_refused(section, field, kind):
         sections = {name: dict(config[name]) for name in config}
         sections.setdefault(section, {})[field] = value
         message = one_line(sections)
-        assert field in message and repr(value) in message and kind in message
+        wanted = "true or false" if kind == "bool" else kind
+        assert field in message and repr(value) in message and wanted in message
 
 
 OUT_OF_RANGE = {
@@ -508,49 +507,17 @@ def test_a_flag_of_the_wrong_type_is_told_in_our_words(given, wanted):
 
 
 @pytest.mark.parametrize(
-    "raised, status, line",
+    "raised, line",
     [
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (ValueError("a: got b, wanted c"), 2, "error: a: got b, wanted c"),
-        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+        (ValueError("a: got b, wanted c"), "error: a: got b, wanted c"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
     ],
 )
-def test_a_program_ends_by_one_line(capsys, monkeypatch, raised, status, line):
-    monkeypatch.setattr(command.os, "_exit", sys.exit)
+def test_a_program_ends_by_one_line(capsys, raised, line):
     with pytest.raises(SystemExit) as end:
         with command.told():
             raise raised
-    assert end.value.code == status and capsys.readouterr().err == f"{line}\n"
-
-
-INTERRUPTED = """
-import gc, os, signal, sys, time
-import jax
-from smdlm import command
-
-def interrupt(*_):
-    os.kill(os.getpid(), signal.SIGINT)
-    for _ in range(3):  # heard here
-        pass
-
-def main():
-    PLACE
-    time.sleep(20)
-    print("went on")
-
-sys.argv, command.check_config_given = ["program"], lambda argv: None
-command.run(main, lambda: None)
-"""
-
-
-@pytest.mark.parametrize(
-    "place", ["jax.jit(interrupt)(1)", "gc.callbacks.append(interrupt), gc.collect(), gc.callbacks.clear()"]
-)
-def test_ctrl_c_ends_a_program_wherever_it_is_heard(place):
-    """Also in a callback of the garbage collector, where Python passes over exceptions."""
-    command = [sys.executable, "-c", INTERRUPTED.replace("PLACE", place)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+    assert end.value.code == 2 and capsys.readouterr().err == f"{line}\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "smdlm"
 # The tower, ground floor first. A module imports from floors below its own and, without a cycle, from its own; the
 # longest prefix that names it is its floor.
 FLOORS = [
-    ["smdlm.buckets", "smdlm.files", "smdlm.command", "smdlm.memory", "smdlm.startup"],
+    ["smdlm.buckets", "smdlm.files", "smdlm.command", "smdlm.memory", "smdlm.program", "smdlm.startup"],
     ["smdlm.mesh"],
     ["smdlm.ops"],
     ["smdlm.models.base"],
@@ -38,7 +38,12 @@ FLOORS = [
 ]
 # What commands share lies at the bottom; the one thing that it needs from above is imported when it is asked for.
 UPWARD = {("smdlm.command", "smdlm.config")}
-WITHOUT_JAX = ("smdlm.buckets", "smdlm.files", "smdlm.command")  # mistakes on command lines are found before jax starts
+WITHOUT_JAX = (
+    "smdlm.buckets",
+    "smdlm.files",
+    "smdlm.command",
+    "smdlm.program",
+)  # mistakes on command lines are found before jax starts
 
 # Libraries that only the named modules may know, so that they can be replaced there.
 ONLY = {

@@ -36,7 +36,7 @@ def run(tmp_path, *words, **environment):
     for package in ("smdlm", "other"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "show.py").write_text(SHOW)
-    for file in ("__init__.py", "memory.py"):
+    for file in ("__init__.py", "memory.py", "program.py"):
         shutil.copy(ROOT / "smdlm" / file, tmp_path / "smdlm")
     (tmp_path / "other" / "__init__.py").write_text("import smdlm")
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

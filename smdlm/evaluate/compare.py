@@ -96,7 +96,7 @@ def _alike(runs: Sequence[Sequence[Entry]], names: Sequence[str]) -> list[list[E
         raise ValueError(f"compare: got a run without {', '.join(names)}, wanted them in all: --mode=score measures it")
     a, b, fields = min(unlike, key=lambda found: len(found[2]))
     common = [n for n in names if a.record.value(n) and b.record.value(n) and not differences(a.record, b.record, [n])]
-    hint = f"--only={','.join(common)} compares what is alike" if common else "nothing in them is alike"
+    hint = f"--only={','.join(common)} compares what is alike" if common else "no value of theirs goes without these"
     raise ValueError(
         f"compare: got unlike protocols, {a.file} and {b.file} differ in "
         f"{'; '.join(f'{name} ({x!r}, {y!r})' for name, (x, y) in fields.items())}; wanted one protocol: {hint}"

@@ -133,8 +133,8 @@ def _lines(path: Path) -> list[bytes]:
     lines = content.split(b"\n")
     if lines.pop():
         raise ValueError(
-            f"{path}: got a last line ({len(lines) + 1}) that is cut, wanted whole lines: let the sampling go on, or "
-            "delete that line"
+            f"{path}: got a last line ({len(lines) + 1}) that is cut, wanted whole lines: let the sampling go on, "
+            "or delete that line (or the file, if it is a study's, which draws it again)"
         )
     return lines
 
