@@ -242,14 +242,20 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
                 data = {"next_index": step, "pending": list(pending)}
                 checkpointer.save(step, state, data=data, meta=training.meta())
             if stopped:
-                writer.close()
-                check_saved(checkpointer, step)
-                logging.warning("stopped by a signal at step %d; the same command continues", step)
-                raise SystemExit(0)
+                _stop(training, step)
             if config.eval_every and step % config.eval_every == 0 and not last:
                 writer.values(step, training.evaluate(state))
             meter.start()
+        if stop.reached(training.steps + 1):  # a signal while the last update was saved
+            _stop(training, training.steps)
     return state, meter.tokens_per_s
+
+
+def _stop(training: Training, step: int) -> None:
+    training.writer.close()
+    check_saved(training.checkpointer, step)
+    logging.warning("stopped by a signal at step %d; the same command continues", step)
+    raise SystemExit(0)
 
 
 def _non_finite(what: str, checkpointer: Checkpointer) -> NonFinite:

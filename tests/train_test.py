@@ -359,6 +359,28 @@ def test_sigterm_saves_and_ends_with_status_zero():
     assert untimed(writer.lines) == untimed(straight.lines)
 
 
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_signal_at_the_last_update_stops_there(saving):
+    """Before the evaluation and the samples behind the loop, with which the next run goes on."""
+    plain = counting_step()
+
+    def step(state, batch):
+        if state.step == 4 and not saving:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(state, batch)
+
+    class Interrupted(FakeCheckpointer):
+        def save(self, step, *args, **options):
+            super().save(step, *args, **options)
+            if saving and step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpointer = Interrupted()
+    with pytest.raises(SystemExit):
+        loop(step, START, 5, checkpointer=checkpointer)
+    assert checkpointer.saved[-1] == (5, {"next_index": 5, "pending": []})
+
+
 def test_the_signal_handler_is_put_back():
     before = signal.getsignal(signal.SIGTERM)
     loop(counting_step(), START, 3)
