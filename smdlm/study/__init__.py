@@ -122,7 +122,8 @@ def _score(study: Study, cell: Cell, judge: Scorer | None, workdir: Path) -> Non
         with jax.set_mesh(made.mesh) if isinstance(metric, Likelihood) else contextlib.nullcontext():
             values[name] = metric.run(seen if name in EVALUATORS else samples)
         about[name] = facts(metric)
-    where = {"run": cell.run, "seed": cell.seed, "sampling": dict(cell.changed), "samples_sha256": sha256(file)}
+    where = {"run": cell.run, "seed": cell.seed, "sampling": dict(cell.changed), "nfe": cell.config.sampling.steps}
+    where["samples_sha256"] = sha256(file)
     cost = work(made, file, len(samples))
     write_record(_record_file(workdir, study, judge, cell), Record(_conditions(cell), about, values, where | cost))
 
