@@ -353,7 +353,7 @@ def command(*arguments):
     ("flags", "wanted"),
     [
         (["--topology=v7:2x2"], "--topology: got"),
-        (["--config=configs/nope.py"], "--config: got configs/nope.py, wanted a Python file"),
+        (["--config=configs/nope.py"], "--config: got configs/nope.py, which is not there"),
         (["--json=/nowhere/rows.json"], "--json: got /nowhere/rows.json, wanted a file in a folder that is there"),
         (["--program=sample", "--plain"], "--program: got sample with --plain"),
     ],
