@@ -67,9 +67,7 @@ def test_unlike_protocols_are_refused_by_their_fields(tmp_path):
     a = write(tmp_path / "a")
     b = write(tmp_path / "b", top_p=1.0, samples=100)
     said = one_line(compare, [a, b], [], "markdown")
-    assert (
-        "samples (200, 100)" in said and "top_p (0.9, 1.0)" in said and "no value of theirs" in said
-    )
+    assert "samples (200, 100)" in said and "top_p (0.9, 1.0)" in said and "no value of theirs" in said
     assert "name" not in said.split("differ in")[1].split(";")[0]
     one_line(compare, [a, b], ["ppl"], "markdown")
 
