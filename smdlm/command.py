@@ -274,12 +274,9 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     """
     path = local_path("--config", path)
     spec = importlib.util.spec_from_file_location("config", path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--config: got {path}, which is not there (from {Path.cwd()}), wanted a Python file, e.g. configs/tiny.py"
-        )
-    if spec is None:
-        raise FileNotFoundError(f"--config: got {path}, wanted a Python file, e.g. configs/tiny.py")
+    if spec is None or not path.exists():
+        missing = "" if path.exists() else f", which is not there (from {Path.cwd()})"
+        raise FileNotFoundError(f"--config: got {path}{missing}, wanted a Python file, e.g. configs/tiny.py")
     _let_import_neighbours(path)
     module = importlib.util.module_from_spec(spec)
     try:

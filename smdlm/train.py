@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +251,8 @@ def run(state: TrainState, training: Training, pending: Sequence[dict[str, float
     return state, meter.tokens_per_s
 
 
-def _stop(training: Training, step: int) -> None:
+def _stop(training: Training, step: int) -> NoReturn:
+    """After a signal, with the state of this step on its way to the disk."""
     training.writer.close()
     check_saved(training.checkpointer, step)
     logging.warning("stopped by a signal at step %d; the same command continues", step)

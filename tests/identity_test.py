@@ -61,6 +61,7 @@ DIFFERENT = {
 FREE = {
     "train.steps": 9, "train.log_every": 2, "train.save_every": 4, "train.eval_every": 2, "train.keep": 7,
     "train.profile": "1:2", "train.wandb": "x",
+    "model.remat": "block", "model.unroll": True, "model.attention": "xla",
     "train.accumulate": 2, "sampling.steps": 9, "eval.blocks": 2, "mesh.fsdp": 1,
 }  # fmt: skip
 

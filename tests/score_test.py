@@ -83,6 +83,7 @@ def test_a_record_says_what_was_measured_and_on_what(runs, result):
     assert len(about["data"]["content_hash"]) == len(about["samples"]["sha256"]) == 64
     assert about["config"] == found.settings and about["sampler"]["policy"]["name"] == "Ancestral"
     assert about["nfe"] == 3 and 1 <= about["forwards"] <= 4 and about["wall_s"] > 0
+    assert about["samples_per_s"] == pytest.approx(3 * 16 / about["wall_s"])  # of three calls, the last one filled up
     model, width, vocab = found.config.model, 16, 258
     per_forward = 16 * (model.flops(16) + 2 * width * vocab)
     assert about["flops_per_sample"] == pytest.approx(about["forwards"] * per_forward)
@@ -139,6 +140,8 @@ def refused(call, *arguments, **options):
 def test_bad_scorers_and_protocols_leave_nothing(runs, fresh):
     assert "got no folder" in refused(score.score, fresh, SMALL, "/no/such/judge")
     assert "got scorer None, wanted one" in refused(score.score, fresh, SMALL, None)
+    unjudged = dataclasses.replace(SMALL, name="unjudged", scorer="")
+    assert "got J for the protocol unjudged, which has no scorer" in refused(score.score, fresh, unjudged, "J")
     assert "not causal" in refused(score.score, fresh, SMALL, str(runs[0].workdir))
     paper = score.preset("sm2026")
     assert "protocol sm2026: got length 16" in refused(score.score, fresh, paper, runs[1])

@@ -133,7 +133,7 @@ def test_a_bad_study_is_one_line(changed, match):
 
 def done_cells(cells, rows):
     """Cells whose excess of each sample is rows(cell) [N]."""
-    cost = {"forwards": 2.0, "wall_s": 1.0, "flops_per_sample": 1e6}
+    cost = {"forwards": 2.0, "wall_s": 1.0, "flops_per_sample": 1e6, "samples_per_s": 12.5}
     found = []
     for cell in cells:
         values = {
@@ -166,6 +166,7 @@ def test_the_verdict_counts_pairs_and_seeds(monkeypatch):
     assert mean == pytest.approx(-0.13, abs=0.01) and interval > 1
     assert "softmask better than binary beyond the interval at: count 64 steps 2." in lines
     assert "| binary | 2 | 1.0 | 9 | 1.500 |" in lines
+    assert sum(line.endswith(" | 2 | 12.5 |") for line in lines) == 4  # forwards, samples per second
     monkeypatch.setattr("smdlm.study.report.WIDE", 1)  # a line for each run instead of a column
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page(made, done, 12, {}).splitlines()[:8]}
     assert lines["| run"] == ["count 64 steps 2", "count 64 steps 4 |"] and "(" not in lines["| binary"][0]
